@@ -1,0 +1,353 @@
+"""Command-line arguments of finetune.py: what each does, and which combinations are refused before any weight loads."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
+
+LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
+
+
+class UserError(ValueError):
+    """Something that the user can mend; its message says how, and no traceback is needed."""
+
+
+@dataclass
+class ModelArguments:
+    model_name_or_path: str = field(
+        default="openbmb/MiniCPM-V-2", metadata={"help": "Folder of a checkpoint, or its name on the hub."}
+    )
+    attn_implementation: str = field(
+        default="sdpa", metadata={"help": "Attention kernels: sdpa, flash_attention_2 (if installed) or eager."}
+    )
+
+
+@dataclass
+class DataArguments:
+    data_path: str | None = field(default=None, metadata={"help": "JSON file with the training samples."})
+    eval_data_path: str | None = field(
+        default=None, metadata={"help": "JSON file with the evaluation samples; empty: no evaluation."}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where relative picture paths begin. None: at the folder of the JSON file."}
+    )
+
+
+@dataclass
+class TrainingArguments(transformers.TrainingArguments):
+    """transformers.TrainingArguments, the toolkit's flags, and the flags of the original that transformers dropped."""
+
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for checkpoints, logs and the result."})
+    cache_dir: str | None = field(default=None, metadata={"help": "Folder for what is downloaded from the hub."})
+    model_max_length: int = field(
+        default=2048,
+        metadata={"help": "Longest sample in tokens, picture placeholders included; longer ones are cut at the end."},
+    )
+    max_slice_nums: int | None = field(
+        default=None, metadata={"help": f"Most slices of a picture beside its overview. None: {DEFAULT_SLICES}."}
+    )
+    llm_type: str | None = field(
+        default=None,
+        metadata={"help": "llama3 (MiniCPM-Llama3-V 2.5) or minicpm (MiniCPM-V 2.0). None: read from the checkpoint."},
+    )
+    tune_vision: bool = field(default=True, metadata={"help": "Train the vision tower (vpm)."})
+    tune_llm: bool | None = field(
+        default=None, metadata={"help": "Train the language model in full. None: true, but false with --use_lora."}
+    )
+    tune_resampler: bool = field(default=True, metadata={"help": "Train the resampler."})
+    tune_embed_tokens: bool = field(
+        default=True, metadata={"help": "Train the token embeddings (with --tune_llm or --use_lora)."}
+    )
+    use_lora: bool = field(default=False, metadata={"help": "Train LoRA matrices in the language model."})
+    batch_size: int | None = field(
+        default=None, metadata={"help": "Another name for --per_device_train_batch_size: samples per step and GPU."}
+    )
+    evaluation_strategy: str | None = field(
+        default=None, metadata={"help": "Another name for --eval_strategy: no, steps or epoch."}
+    )
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "Folder for TensorBoard events. None: runs/ inside the output folder."}
+    )
+    warmup_ratio: float | None = field(
+        default=None, metadata={"help": "Part of all steps over which the learning rate rises, 0 to 1."}
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start anew in an output folder that holds checkpoints of another run."}
+    )
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples per step and GPU."})
+    per_device_eval_batch_size: int = field(default=1, metadata={"help": "Samples per evaluation step and GPU."})
+    bf16: bool | None = field(
+        default=None, metadata={"help": "Train in bfloat16. None: where the GPU has it, and --fp16 is not given."}
+    )
+    fp16: bool | None = field(
+        default=None, metadata={"help": "Train in float16. None: on GPUs without bfloat16, if --bf16 is not given."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Must be false: the model takes the whole batch as one argument."}
+    )
+    report_to: str | None = field(
+        default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, ..., none."}
+    )
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    prediction_loss_only: bool = field(
+        default=True, metadata={"help": "Evaluation keeps the loss alone, not the logits of the whole vocabulary."}
+    )
+
+    def __post_init__(self):
+        if self.batch_size is not None:
+            self.per_device_train_batch_size = self.batch_size
+        if self.evaluation_strategy is not None:
+            self.eval_strategy = self.evaluation_strategy
+        if self.logging_dir:
+            os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
+        if self.warmup_ratio is not None and not self.warmup_steps:
+            self.warmup_steps = self.warmup_ratio  # transformers 5: below 1, a part of all steps
+        if self.tune_llm is None:
+            self.tune_llm = not self.use_lora
+        if self.bf16 is None and self.fp16 is None:
+            has_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+            self.fp16 = has_gpu and not self.bf16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        if self.label_names is None:
+            self.label_names = ["labels"]
+        super().__post_init__()
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+@dataclass
+class LoraArguments:
+    """Passed to peft.LoraConfig; only with --use_lora."""
+
+    lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
+    lora_alpha: int = field(default=64, metadata={"help": "Scale: the update counts lora_alpha / lora_r."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA matrices, 0 to 1."})
+    lora_target_modules: str = field(
+        default=LORA_TARGETS,
+        metadata={"help": "Linear layers that get LoRA: a regular expression over full names, or names with commas."},
+    )
+    lora_weight_path: str = field(
+        default="", metadata={"help": "Adapter folder to continue from; its own LoRA settings then hold."}
+    )
+    lora_bias: str = field(default="none", metadata={"help": "Biases to train: none, all or lora_only."})
+    lora_modules_to_save: str = field(
+        default="", metadata={"help": "Names, with commas, of further modules to train in full and save by peft."}
+    )
+    lora_layers_to_transform: list[str] | None = field(
+        default=None, metadata={"help": "Numbers, with spaces or commas, of the layers that get LoRA. None: all."}
+    )
+    lora_layers_pattern: str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that lora_layers_to_transform counts in."}
+    )
+    lora_layer_replication: str | None = field(
+        default=None, metadata={"help": "Ranges of layers to stack anew, as JSON: [[0, 4], [2, 5]]."}
+    )
+    q_lora: bool = field(default=False, metadata={"help": "Not available yet; see the message."})
+
+    @property
+    def target_modules(self) -> str | list[str]:
+        """A regular expression as it is; plain names (`q_proj,v_proj`) as a list, which peft matches at the end."""
+        if re.fullmatch(r"[\w.]+(,[\w.]+)*", self.lora_target_modules) and self.lora_target_modules != "all-linear":
+            return self.lora_target_modules.split(",")
+        return self.lora_target_modules
+
+    @property
+    def modules_to_save(self) -> list[str] | None:
+        return [name for name in self.lora_modules_to_save.split(",") if name] or None
+
+    @property
+    def layers_to_transform(self) -> list[int] | None:
+        numbers = re.split(r"[,\s]+", " ".join(self.lora_layers_to_transform or []).strip())
+        return [int(number) for number in numbers if number] or None
+
+    @property
+    def layer_replication(self) -> list[tuple[int, int]] | None:
+        return None if not self.lora_layer_replication else [tuple(r) for r in json.loads(self.lora_layer_replication)]
+
+
+def parse_arguments(
+    argv: list[str] | None = None,
+) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
+    """Arguments from the command line. What is wrong with the DeepSpeed file, which transformers reads while the
+    arguments are being made, and unknown flags are kept for `check_arguments` in `found_in_parsing`.
+
+    Raises:
+        SystemExit: with the usage, on values of the wrong type.
+    """
+    argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_flag(arg)]
+    problems = []
+    # The last one given wins. A file with a problem is left out of the parse, which would stop at it, so that the
+    # other problems are found and reported together with this one.
+    places = [number for number, arg in enumerate(argv[:-1]) if arg == "--deepspeed"]
+    if places and (problem := _deepspeed_problem(argv[places[-1] + 1])):
+        problems.append(problem)
+        argv = [arg for number, arg in enumerate(argv) if number not in places and number - 1 not in places]
+    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    problems += [f"{flag}: there is no such flag" for flag in unknown if flag.startswith("--")]
+    problems += [f"{word!r} belongs to no flag" for word in unknown if not word.startswith("--")]
+    parsed[2].found_in_parsing = problems
+    return tuple(parsed)
+
+
+def _split_flag(arg: str) -> list[str]:
+    return arg.split("=", 1) if re.match(r"--\w+=", arg) else [arg]
+
+
+def _deepspeed_problem(path: str) -> str | None:
+    if not Path(path).is_file():
+        return f"--deepspeed {path}: there is no such file"
+    try:
+        config = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        return f"--deepspeed {path}: is not valid JSON ({error})"
+    if "scheduler" in config:
+        return (
+            f"--deepspeed {path}: has a \"scheduler\" block, which would replace --lr_scheduler_type and "
+            "--warmup_ratio without a word; remove the block"
+        )
+    return None
+
+
+def load_config(model: ModelArguments, training: TrainingArguments) -> MiniCPMVConfig | str:
+    """The checkpoint's configuration, or, in one sentence, why there is none."""
+    path = model.model_name_or_path
+    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
+        return f"--model_name_or_path {path}: there is no such folder, and it is no hub name (owner/name)"
+    try:
+        config = AutoConfig.from_pretrained(path, cache_dir=training.cache_dir)
+        if not isinstance(config, MiniCPMVConfig):
+            return f"--model_name_or_path {path}: is a {config.model_type!r} model, expected 'minicpmv'"
+        _ = config.llm_type
+    except (OSError, ValueError) as error:
+        return f"--model_name_or_path {path}: {error}"
+    return config
+
+
+def check_arguments(
+    model: ModelArguments,
+    data: DataArguments,
+    training: TrainingArguments,
+    lora: LoraArguments,
+    config: MiniCPMVConfig | str,
+) -> list[str]:
+    """All that is wrong with the arguments, one line each; nothing is loaded but the configuration."""
+    problems = list(training.found_in_parsing)
+    if isinstance(config, str):
+        problems.append(config)
+    else:
+        if training.llm_type is not None and training.llm_type != config.llm_type:
+            problems.append(
+                f"--llm_type {training.llm_type}: the checkpoint {model.model_name_or_path} is "
+                f"{LLM_TYPES[config.llm_type]}, whose llm_type is {config.llm_type}; leave the flag out or correct it"
+            )
+        if training.model_max_length > config.max_position_embeddings:
+            problems.append(
+                f"--model_max_length {training.model_max_length}: the language model was made for at most "
+                f"{config.max_position_embeddings} tokens"
+            )
+    if not training.output_dir:
+        problems.append("--output_dir is missing: where shall checkpoints and the result go?")
+    if not data.data_path:
+        problems.append("--data_path is missing: the JSON file with your training samples")
+    elif not Path(data.data_path).is_file():
+        problems.append(f"--data_path {data.data_path}: there is no such file")
+    if data.eval_data_path and not Path(data.eval_data_path).is_file():
+        problems.append(f"--eval_data_path {data.eval_data_path}: there is no such file")
+    if data.image_folder and not Path(data.image_folder).is_dir():
+        problems.append(f"--image_folder {data.image_folder}: there is no such folder")
+    if training.eval_strategy != "no" and not data.eval_data_path:
+        problems.append(f"--eval_strategy {_value(training.eval_strategy)} needs --eval_data_path")
+    if training.remove_unused_columns:
+        problems.append("--remove_unused_columns true would empty every batch; leave it false")
+    if training.model_max_length < 1:
+        problems.append(f"--model_max_length {training.model_max_length}: expected a number of tokens")
+    if training.max_slice_nums is not None and training.max_slice_nums < 1:
+        problems.append(f"--max_slice_nums {training.max_slice_nums}: expected 1 (overview alone) or more")
+    if training.warmup_ratio is not None and not 0 <= training.warmup_ratio <= 1:
+        problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to 1")
+    if training.n_gpu > 1:
+        problems.append("several GPUs but one process: start with torchrun, as finetune_ds.sh and finetune_lora.sh do")
+    problems += _lora_problems(training, lora)
+    trained = training.use_lora or training.tune_llm or training.tune_vision or training.tune_resampler
+    if not trained:
+        problems.append("nothing would be trained: turn on one of --tune_vision, --tune_llm, --tune_resampler, --use_lora")
+    if not training.resume_from_checkpoint and training.output_dir and not training.overwrite_output_dir:
+        if last := _last_checkpoint(training.output_dir):
+            problems.append(
+                f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
+                "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
+            )
+    if training.resume_from_checkpoint not in (None, "", *TRUE, *FALSE):
+        if not Path(training.resume_from_checkpoint, "trainer_state.json").is_file():
+            problems.append(
+                f"--resume_from_checkpoint {training.resume_from_checkpoint}: is no checkpoint folder; name one "
+                "(OUTPUT_DIR/checkpoint-N) or say true for the newest in --output_dir"
+            )
+    return problems
+
+
+TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
+
+
+def checkpoint_to_resume(training: TrainingArguments) -> str | None:
+    """Folder that `--resume_from_checkpoint` means: the one named, or for `true` the newest; None: start anew."""
+    if training.resume_from_checkpoint in TRUE:
+        return _last_checkpoint(training.output_dir)
+    return None if training.resume_from_checkpoint in (None, "", *FALSE) else training.resume_from_checkpoint
+
+
+def _last_checkpoint(output_dir: str) -> str | None:
+    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+
+
+def _lora_problems(training: TrainingArguments, lora: LoraArguments) -> list[str]:
+    problems = []
+    if lora.q_lora:
+        problems.append("--q_lora true: 4-bit training is not available yet; use --use_lora with ZeRO-3 offload instead")
+    if not training.use_lora:
+        given = [f"--{f.name}" for f in fields(lora) if getattr(lora, f.name) != f.default and f.name != "q_lora"]
+        if given:
+            problems.append(f"{', '.join(given)} only with --use_lora true")
+        return problems
+    if training.tune_llm:
+        problems.append("--use_lora true with --tune_llm true: LoRA keeps the language model frozen; choose one")
+    if lora.lora_r < 1:
+        problems.append(f"--lora_r {lora.lora_r}: expected 1 or more")
+    if lora.lora_bias not in ("none", "all", "lora_only"):
+        problems.append(f"--lora_bias {lora.lora_bias}: expected none, all or lora_only")
+    if lora.lora_weight_path and not Path(lora.lora_weight_path, "adapter_config.json").is_file():
+        problems.append(f"--lora_weight_path {lora.lora_weight_path}: holds no adapter_config.json")
+    try:
+        re.compile(lora.lora_target_modules)
+    except re.error as error:
+        problems.append(f"--lora_target_modules {lora.lora_target_modules}: no regular expression ({error})")
+    try:
+        _ = lora.layers_to_transform
+    except ValueError:
+        problems.append(f"--lora_layers_to_transform {lora.lora_layers_to_transform}: expected numbers")
+    try:
+        if any(len(span) != 2 for span in lora.layer_replication or ()):
+            raise ValueError
+    except (ValueError, TypeError):
+        problems.append(f"--lora_layer_replication {lora.lora_layer_replication}: expected JSON like [[0, 4], [2, 5]]")
+    return problems
+
+
+def _value(setting) -> str:
+    return getattr(setting, "value", setting)

@@ -1,0 +1,243 @@
+"""Finetune MiniCPM-Llama3-V 2.5 or MiniCPM-V 2.0 on your own pictures and conversations.
+
+    torchrun finetune/finetune.py --model_name_or_path openbmb/MiniCPM-Llama3-V-2_5 --data_path train.json \\
+        --output_dir output/lora --use_lora true --learning_rate 1e-4 --deepspeed finetune/ds_config_zero2.json
+
+The launchers finetune_ds.sh (all parameters) and finetune_lora.sh (LoRA) call it with sensible settings.
+All flags: python finetune/finetune.py --help
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer
+
+from finetune.arguments import (
+    LoraArguments,
+    ModelArguments,
+    TrainingArguments,
+    UserError,
+    check_arguments,
+    checkpoint_to_resume,
+    load_config,
+    parse_arguments,
+)
+from finetune.dataset import (
+    SupervisedDataset,
+    build_transform,
+    data_collator,
+    find_problems,
+    load_samples,
+    report_problems,
+)
+from finetune.loading import load_extra_tensors
+from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
+from finetune.reporting import RunFiles, parameter_table, settings_record
+from finetune.trainer import CPMTrainer
+
+logger = logging.getLogger("finetune")
+
+
+def train(argv: list[str] | None = None) -> None:
+    """The whole run: arguments, data, model, training, saved files.
+
+    Raises:
+        UserError: with all problems of the arguments, or of the data, in one message.
+    """
+    model_args, data_args, args, lora_args = parse_arguments(argv)
+    _set_up_logging(args)
+    config = load_config(model_args, args)
+    _stop_on(check_arguments(model_args, data_args, args, lora_args, config), "These settings cannot work:")
+
+    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
+    slicing = config.slicing
+    if args.max_slice_nums is not None:
+        slicing["max_slice_nums"] = args.max_slice_nums
+    make_dataset = partial(_load_dataset, data_args.image_folder, tokenizer, config, slicing, args)
+    train_dataset = make_dataset(data_args.data_path)
+    eval_dataset = make_dataset(data_args.eval_data_path) if data_args.eval_data_path else None
+    _stop_on(_trainable_problems(config, args, lora_args), "These settings cannot work:")
+
+    transformers.set_seed(args.seed)
+    model = load_model(model_args, args, lora_args, config)
+    resolved = {
+        "model": LLM_TYPES[config.llm_type],
+        "llm_type": config.llm_type,
+        "slicing": slicing,
+        "query_num": config.query_num,
+        "dtype": str(args.compute_dtype).removeprefix("torch."),
+        "train_samples": len(train_dataset),
+        "eval_samples": len(eval_dataset) if eval_dataset else 0,
+        "processes": args.world_size,
+    }
+    settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
+    logger.info("settings: %s", ", ".join(f"{name} {value}" for name, value in resolved.items()))
+    logger.info("parameters\n%s", parameter_table(model))
+
+    trainer = CPMTrainer(
+        model=model,
+        args=args,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=partial(data_collator, max_length=args.model_max_length),
+        processing_class=tokenizer,
+        callbacks=[RunFiles(settings)],
+    )
+    checkpoint = checkpoint_to_resume(args)
+    if args.resume_from_checkpoint and checkpoint is None:
+        logger.warning("no checkpoint in %s yet: training starts from the beginning", args.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_state()
+    trainer.save_model()
+    logger.info("saved to %s", Path(args.output_dir).resolve())
+
+
+def load_model(
+    model_args: ModelArguments, args: TrainingArguments, lora_args: LoraArguments, config: MiniCPMVConfig
+) -> torch.nn.Module:
+    """The model with what shall be trained set to require gradients, under PEFT for LoRA.
+
+    Without DeepSpeed, half-precision runs keep what is trained in float32 (under autocast) and what is frozen in half
+    precision; DeepSpeed keeps its own float32 copies.
+    """
+    mixed = args.compute_dtype != torch.float32 and args.deepspeed is None
+    trains_most = args.tune_llm and mixed
+    model = MiniCPMV.from_pretrained(
+        model_args.model_name_or_path,
+        config=config,
+        cache_dir=args.cache_dir,
+        dtype=torch.float32 if trains_most else args.compute_dtype,
+        attn_implementation=model_args.attn_implementation,
+    )
+    model = prepare_trainable(model, args, lora_args)
+    if mixed:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return model
+
+
+def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraArguments) -> torch.nn.Module:
+    """Freeze and unfreeze by the `--tune_*` flags; wrap in PEFT with `--use_lora`."""
+    peft_model = None
+    if args.use_lora:
+        model.requires_grad_(False)
+        peft_model = _with_lora(model, lora_args)
+    trained = {
+        "llm": args.tune_llm,
+        "llm.model.embed_tokens": args.tune_embed_tokens and (args.tune_llm or args.use_lora),
+        "vpm": args.tune_vision,
+        "resampler": args.tune_resampler,
+    }
+    for name, parameter in model.named_parameters():
+        # PEFT decides about its own matrices and about modules_to_save, whose originals must stay as they are.
+        if ".lora_" in name or ".modules_to_save." in name or ".original_module." in name:
+            continue
+        # the embeddings' entry is the more special of the two that match them
+        module = max((m for m in trained if name.startswith(f"{m}.")), key=len)
+        if args.use_lora and module == "llm":
+            continue  # frozen, but for the biases that --lora_bias asked for
+        # 2.0's query positions are a fixed table, as in the original
+        parameter.requires_grad_(trained[module] and name != "resampler.pos_embed")
+    return model if peft_model is None else peft_model
+
+
+def _with_lora(model: MiniCPMV, lora_args: LoraArguments) -> PeftModel:
+    if lora_args.lora_weight_path and model.device.type == "meta":  # a trial of the settings, see _trainable_problems
+        peft_model = get_peft_model(model, PeftConfig.from_pretrained(lora_args.lora_weight_path))
+    elif lora_args.lora_weight_path:
+        peft_model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
+        load_extra_tensors(peft_model, lora_args.lora_weight_path)
+    else:
+        lora_config = LoraConfig(
+            r=lora_args.lora_r,
+            lora_alpha=lora_args.lora_alpha,
+            lora_dropout=lora_args.lora_dropout,
+            target_modules=lora_args.target_modules,
+            bias=lora_args.lora_bias,
+            modules_to_save=lora_args.modules_to_save,
+            layers_to_transform=lora_args.layers_to_transform,
+            layers_pattern=lora_args.lora_layers_pattern,
+            layer_replication=lora_args.layer_replication,
+            task_type="CAUSAL_LM",
+        )
+        peft_model = get_peft_model(model, lora_config)
+    base = Path(model.name_or_path)
+    for adapter in peft_model.peft_config.values():  # a relative path would be looked for from wherever it is loaded
+        adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else model.name_or_path
+    return peft_model
+
+
+def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_args: LoraArguments) -> list[str]:
+    """Tries the settings on a model without weights, so that a wrong LoRA target shows before anything is loaded."""
+    with torch.device("meta"):
+        model = MiniCPMV(config)
+    try:
+        model = prepare_trainable(model, args, lora_args)
+    except (ValueError, TypeError, KeyError) as error:
+        return [f"LoRA cannot be set up: {error}"]
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return ["nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"]
+    return []
+
+
+def _load_dataset(
+    image_folder: str | None,
+    tokenizer,
+    config: MiniCPMVConfig,
+    slicing: dict[str, int],
+    args: TrainingArguments,
+    path: str,
+) -> SupervisedDataset:
+    """Samples of a file, checked as far as that goes without decoding a picture; one process of a node looks."""
+    try:
+        samples = load_samples(path)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    folder = image_folder or str(Path(path).resolve().parent)
+    if args.local_process_index == 0:
+        _stop_on(find_problems(samples, path, config.llm_type, folder), "These samples cannot be used:")
+    return SupervisedDataset(
+        samples,
+        build_transform(),
+        tokenizer,
+        slicing,
+        llm_type=config.llm_type,
+        patch_size=config.patch_size,
+        query_nums=config.query_num,
+        batch_vision=config.llm_type == "llama3",
+        max_length=args.model_max_length,
+        image_folder=folder,
+    )
+
+
+def _stop_on(problems: list[str], title: str) -> None:
+    if problems:
+        raise UserError(f"{title}\n{report_problems(problems)}")
+
+
+def _set_up_logging(args: TrainingArguments) -> None:
+    level = logging.INFO if args.process_index == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def main() -> None:
+    """Command line: problems found before training end in their message and exit status 1, without a traceback."""
+    try:
+        train()
+    except UserError as error:
+        sys.exit(f"finetune.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

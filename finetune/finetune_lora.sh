@@ -1,0 +1,33 @@
+#!/bin/sh
+# LoRA finetuning: adapter on the language model's attention, resampler, token embeddings and vision tower.
+#   edit the variables, or set them:  MODEL=/models/MiniCPM-V-2 DATA=my/train.json sh finetune_lora.sh --num_train_epochs 5
+# Flags behind the command win over the settings below.
+
+MODEL="${MODEL:-openbmb/MiniCPM-Llama3-V-2_5}" # or openbmb/MiniCPM-V-2, or a folder
+DATA="${DATA:-path/to/training_data.json}"
+EVAL_DATA="${EVAL_DATA:-}"                     # empty: no evaluation
+LLM_TYPE="${LLM_TYPE:-}"                       # llama3 or minicpm; empty: found from the checkpoint
+OUTPUT_DIR="${OUTPUT_DIR:-output/minicpmv_lora}"
+
+GPUS_PER_NODE="${GPUS_PER_NODE:-}"             # empty: all that are visible
+NNODES="${NNODES:-1}"
+NODE_RANK="${NODE_RANK:-0}"
+MASTER_ADDR="${MASTER_ADDR:-localhost}"
+MASTER_PORT="${MASTER_PORT:-}"                 # empty: a free one, or 6001 on several nodes
+
+HERE="$(cd "$(dirname "$0")" && pwd)"
+DS_CONFIG="${DS_CONFIG-$HERE/ds_config_zero2.json}" # set to nothing: without DeepSpeed
+
+SAVE_STEPS="${SAVE_STEPS:-500}"
+SETTINGS="
+  --use_lora true --lora_r 64 --lora_alpha 64 --lora_dropout 0.05
+  --tune_vision true --tune_embed_tokens true
+  --model_max_length 2048 --num_train_epochs 3
+  --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1
+  --learning_rate 1e-4 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine
+  --gradient_checkpointing true --dataloader_num_workers 4
+  --logging_steps 10 --logging_first_step true --report_to tensorboard
+  --save_strategy steps --save_steps $SAVE_STEPS --save_total_limit 3
+"
+
+. "$HERE/launch.sh"

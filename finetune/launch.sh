@@ -1,0 +1,44 @@
+# Shared by finetune_ds.sh and finetune_lora.sh, which set the variables and then read this file. POSIX sh.
+# Finds Python and the GPUs, starts one process per GPU with torchrun, and ends with the status of the training.
+
+if [ -n "${VIRTUAL_ENV:-}" ] && [ -x "$VIRTUAL_ENV/bin/python" ]; then
+  PYTHON="$VIRTUAL_ENV/bin/python"
+else
+  PYTHON="$(command -v python || command -v python3)" || { echo "$0: no python found" >&2; exit 1; }
+fi
+
+if [ -z "$GPUS_PER_NODE" ]; then
+  GPUS_PER_NODE="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" || exit 1
+fi
+if [ "$GPUS_PER_NODE" -eq 0 ]; then
+  echo "$0: no GPU found, one process on the CPU" >&2
+  GPUS_PER_NODE=1
+fi
+if [ -z "${DS_ACCELERATOR:-}" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  export DS_ACCELERATOR=cpu
+fi
+
+if [ "$NNODES" -eq 1 ] && [ -z "$MASTER_PORT" ]; then
+  RENDEZVOUS="--standalone" # a free port is found
+else
+  RENDEZVOUS="--node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port ${MASTER_PORT:-6001}"
+fi
+
+# Settings of the launcher, then the variables, then the user's flags: of a flag given twice the last one wins.
+set -- --model_name_or_path "$MODEL" --data_path "$DATA" --output_dir "$OUTPUT_DIR" "$@"
+if [ -n "$LLM_TYPE" ]; then
+  set -- --llm_type "$LLM_TYPE" "$@"
+fi
+if [ -n "$EVAL_DATA" ]; then
+  set -- --eval_data_path "$EVAL_DATA" --eval_strategy steps --eval_steps "$SAVE_STEPS" "$@"
+fi
+if [ -n "$DS_CONFIG" ]; then
+  if [ ! -f "$DS_CONFIG" ] && [ -f "$HERE/$DS_CONFIG" ]; then
+    DS_CONFIG="$HERE/$DS_CONFIG"
+  fi
+  set -- --deepspeed "$DS_CONFIG" "$@"
+fi
+
+# shellcheck disable=SC2086 # RENDEZVOUS and SETTINGS are lists of words
+exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$GPUS_PER_NODE" $RENDEZVOUS \
+  "$HERE/finetune.py" $SETTINGS "$@"

@@ -1,0 +1,135 @@
+"""A task that is small and real: drawn pictures, questions about them, held-out pictures to score on.
+
+    python finetune/sample_task.py --output sample_task            # 1200 training and 100 held-out samples
+    python finetune/sample_task.py --output sample_task --score MODEL_FOLDER
+
+Every picture shows a coloured shape and a word on a sign, on a speckled ground. One question asks for the colour, one
+for the word; each has four possible answers, so guessing scores 0.25. `--score` answers the held-out questions with a
+model folder (a checkpoint or an adapter) and prints the part that is right.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+logger = logging.getLogger("sample_task")
+
+COLOURS = {"red": (214, 48, 49), "green": (39, 155, 76), "blue": (41, 98, 217), "yellow": (245, 200, 25)}
+SHAPES = ("circle", "square", "triangle", "diamond")
+WORDS = ("EXIT", "OPEN", "STOP", "SALE")
+QUESTIONS = {"colour": "What colour is the shape?", "word": "Which word is on the sign?"}
+
+
+def draw(rng: random.Random, side: int) -> tuple[Image.Image, dict[str, str]]:
+    """A picture of `side` x `side` pixels and the answers to its questions."""
+    noise = np.random.default_rng(rng.getrandbits(32)).integers(-18, 19, (side, side, 3))
+    ground = np.array([rng.randint(190, 235)] * 3)
+    image = Image.fromarray(np.clip(ground + noise, 0, 255).astype(np.uint8))
+    pen = ImageDraw.Draw(image)
+    colour, shape, word = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(WORDS)
+    radius = rng.randint(side // 8, side // 5)
+    x, y = rng.randint(radius, side - radius), rng.randint(radius, side // 2)
+    corners = {
+        "square": [(x - radius, y - radius), (x + radius, y - radius), (x + radius, y + radius), (x - radius, y + radius)],
+        "triangle": [(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)],
+        "diamond": [(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)],
+    }
+    if shape == "circle":
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
+    else:
+        pen.polygon(corners[shape], fill=COLOURS[colour])
+    font = ImageFont.load_default(size=side // 5)
+    left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
+    text_x = rng.randint(2, max(2, side - (right - left) - 4))
+    text_y = rng.randint(int(side * 0.72), side - (bottom - top) - 4)
+    pen.rectangle((text_x - 2, text_y - 2, text_x + right - left + 2, text_y + bottom - top + 2), fill="white")
+    pen.text((text_x - left, text_y - top), word, font=font, fill="black")
+    return image, {"colour": colour, "word": word}
+
+
+def write_task(output: Path, train: int, held_out: int, side: int, seed: int) -> None:
+    """Write `train.json`, `held_out.json` and their pictures.
+
+    Raises:
+        ValueError: when the folder already holds files.
+    """
+    if output.exists() and any(output.iterdir()):
+        raise ValueError(f"{output} is not empty; nothing is overwritten, name another folder")
+    (output / "images").mkdir(parents=True)
+    rng = random.Random(seed)
+    for split, count in (("train", train), ("held_out", held_out)):
+        samples = []
+        for number in range(count):
+            image, answers = draw(rng, side)
+            path = f"images/{split}_{number:05d}.png"
+            image.save(output / path)
+            kind = list(QUESTIONS)[number % len(QUESTIONS)]
+            turns = [
+                {"role": "user", "content": f"<image>\n{QUESTIONS[kind]}"},
+                {"role": "assistant", "content": answers[kind]},
+            ]
+            samples.append({"id": f"{split}_{number}", "image": path, "conversations": turns})
+        (output / f"{split}.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
+
+
+def score(model_folder: str, task: Path) -> float:
+    """Part of the held-out questions that the model answers exactly, greedily; also per question, in the log."""
+    # Imported here: drawing a task needs none of it.
+    from tqdm import tqdm
+
+    from finetune.loading import load_finetuned
+
+    model, tokenizer = load_finetuned(model_folder)
+    right: dict[str, list[bool]] = {}
+    for sample in tqdm(json.loads((task / "held_out.json").read_text(encoding="utf-8")), desc="answering"):
+        question, answer = (turn["content"] for turn in sample["conversations"])
+        with Image.open(task / sample["image"]) as image:
+            said = model.chat(
+                image,
+                [{"role": "user", "content": question}],
+                tokenizer,
+                sampling=False,
+                num_beams=1,
+                repetition_penalty=1.0,
+                max_new_tokens=8,
+            )
+        right.setdefault(question.removeprefix("<image>\n"), []).append(said == answer)
+    for question, answers in right.items():
+        logger.info("%-30s %.2f", question, sum(answers) / len(answers))
+    return sum(map(sum, right.values())) / sum(map(len, right.values()))
+
+
+def main() -> None:
+    """Command line of this module."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    parser = argparse.ArgumentParser(description="Write the sample task, or score a model on it.")
+    parser.add_argument("--output", type=Path, required=True, help="folder of the task")
+    parser.add_argument("--train", type=int, default=1200, help="training samples")
+    parser.add_argument("--held_out", type=int, default=100, help="held-out samples")
+    parser.add_argument("--side", type=int, default=112, help="pixels on each side of a picture")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--score", metavar="MODEL_FOLDER", help="score this model instead of writing the task")
+    arguments = parser.parse_args()
+    if arguments.score:
+        logger.info("accuracy %.2f", score(arguments.score, arguments.output))
+        return
+    try:
+        write_task(arguments.output, arguments.train, arguments.held_out, arguments.side, arguments.seed)
+    except ValueError as error:
+        parser.exit(1, f"sample_task: {error}\n")
+    logger.info("wrote %d training and %d held-out samples to %s", arguments.train, arguments.held_out, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""CPMTrainer: the HuggingFace Trainer with this toolkit's loss and its LoRA files.
+
+    trainer = CPMTrainer(model=model, args=args, train_dataset=dataset, data_collator=data_collator,
+                         processing_class=tokenizer)
+
+Labels arrive shifted from the dataset. Shapes: B samples, L tokens, K supervised tokens of the batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors
+from finetune.minicpmv import MiniCPMV
+from finetune.minicpmv.conversation import IGNORE_INDEX
+
+
+def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+    """Cross entropy summed over supervised tokens, divided by their number in the whole optimizer step.
+
+    Args:
+        outputs: `logits` (K, V), or (B, L, V) with `labels` (B, L).
+        labels: already shifted, -100 where nothing is asked.
+        num_items_in_batch: supervised tokens of the step over all ranks and accumulation steps; None: of this batch.
+    """
+    logits = outputs.logits.flatten(0, -2).float()
+    labels = labels.flatten().to(logits.device)
+    if num_items_in_batch is None:
+        num_items_in_batch = (labels != IGNORE_INDEX).sum()
+    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items_in_batch
+
+
+class CPMTrainer(Trainer):
+    """Trains any module with `forward(data=...) -> .logits`, always through the wrapped model (DDP, DeepSpeed).
+
+    With `MiniCPMV`, plain or under PEFT, `lm_head` is applied to supervised positions only. What LoRA runs train
+    beside the adapter is written to `vpm_resampler_embedtokens.pt` in every checkpoint and read back on resume.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compute_loss_func = self.compute_loss_func or token_loss
+        self.model_accepts_loss_kwargs = False  # the loss is computed here, the model gets `data` alone
+        if not self.label_names:
+            self.label_names = ["labels"]
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        self._takes_logits_index = isinstance(base, MiniCPMV)
+        self._full_logits_wanted = False
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
+        """The Trainer's own, on `data` and the labels of the positions whose logits are computed."""
+        labels = inputs["labels"]
+        wrapped = {"data": {name: value for name, value in inputs.items() if name != "labels"}}
+        if self._takes_logits_index:
+            wrapped["use_cache"] = False
+            if not self._full_logits_wanted:
+                index = inputs.get("label_index")
+                if index is None:
+                    index = torch.nonzero(labels.flatten() != IGNORE_INDEX).flatten()
+                wrapped["logits_index"] = index
+                labels = labels.flatten()[index]
+        return super().compute_loss(model, {**wrapped, "labels": labels}, *args, **kwargs)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Full-vocabulary logits (B, L, V) are computed only where the caller wants predictions."""
+        self._full_logits_wanted = not prediction_loss_only
+        try:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        finally:
+            self._full_logits_wanted = False
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in Trainer. For LoRA at ZeRO-0, 1 and 2, where rank 0 holds all that is saved, without Trainer's copy of
+        the whole frozen model into the host memory of every rank."""
+        zero_stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+        if isinstance(self.model, PeftModel) and zero_stage in (0, 1, 2):
+            self._save(output_dir or self.args.output_dir)
+            if self.args.push_to_hub and not _internal_call:
+                self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As in Trainer; a LoRA run also writes every trained tensor that is no LoRA matrix."""
+        super()._save(output_dir, state_dict)
+        if isinstance(self.model, PeftModel) and self.args.should_save:
+            path = Path(output_dir or self.args.output_dir) / EXTRA_WEIGHTS_NAME
+            extra = extra_trained_tensors(self.model, state_dict)
+            torch.save(extra, path.with_suffix(".tmp"))
+            os.replace(path.with_suffix(".tmp"), path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        load_extra_tensors(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if not self.is_deepspeed_enabled:
+            load_extra_tensors(self.model, self.state.best_model_checkpoint)
+
+
+def extra_trained_tensors(model: PeftModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:
+    """Trained tensors that are no LoRA matrix, on the CPU, under the names of `model.state_dict()`.
+
+    Args:
+        state_dict: gathered tensors, where the model's own are partitioned (ZeRO-3).
+    """
+    names = [name for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name]
+    tensors = dict(model.named_parameters()) if state_dict is None else state_dict
+    return {name: tensors[name].detach().to("cpu", copy=True) for name in names}
