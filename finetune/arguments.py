@@ -218,7 +218,7 @@ def _deepspeed_problem(path: str) -> str | None:
         return f"--deepspeed {path}: is not valid JSON ({error})"
     if "scheduler" in config:
         return (
-            f"--deepspeed {path}: has a \"scheduler\" block, which would replace --lr_scheduler_type and "
+            f'--deepspeed {path}: has a "scheduler" block, which would replace --lr_scheduler_type and '
             "--warmup_ratio without a word; remove the block"
         )
     return None
@@ -286,19 +286,19 @@ def check_arguments(
     problems += _lora_problems(training, lora)
     trained = training.use_lora or training.tune_llm or training.tune_vision or training.tune_resampler
     if not trained:
-        problems.append("nothing would be trained: turn on one of --tune_vision, --tune_llm, --tune_resampler, --use_lora")
-    if not training.resume_from_checkpoint and training.output_dir and not training.overwrite_output_dir:
-        if last := _last_checkpoint(training.output_dir):
-            problems.append(
-                f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
-                "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
-            )
-    if training.resume_from_checkpoint not in (None, "", *TRUE, *FALSE):
-        if not Path(training.resume_from_checkpoint, "trainer_state.json").is_file():
-            problems.append(
-                f"--resume_from_checkpoint {training.resume_from_checkpoint}: is no checkpoint folder; name one "
-                "(OUTPUT_DIR/checkpoint-N) or say true for the newest in --output_dir"
-            )
+        problems.append("nothing would be trained: set --tune_vision, --tune_llm, --tune_resampler or --use_lora true")
+    resume = training.resume_from_checkpoint
+    starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
+    if starts_anew and training.output_dir and (last := _last_checkpoint(training.output_dir)):
+        problems.append(
+            f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
+            "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
+        )
+    if resume not in (None, "", *TRUE, *FALSE) and not Path(resume, "trainer_state.json").is_file():
+        problems.append(
+            f"--resume_from_checkpoint {resume}: is no checkpoint folder; name one (OUTPUT_DIR/checkpoint-N) or say "
+            "true for the newest in --output_dir"
+        )
     return problems
 
 
@@ -319,7 +319,9 @@ def _last_checkpoint(output_dir: str) -> str | None:
 def _lora_problems(training: TrainingArguments, lora: LoraArguments) -> list[str]:
     problems = []
     if lora.q_lora:
-        problems.append("--q_lora true: 4-bit training is not available yet; use --use_lora with ZeRO-3 offload instead")
+        problems.append(
+            "--q_lora true: comes with a later change; use --use_lora with ds_config_zero3_offload.json now"
+        )
     if not training.use_lora:
         given = [f"--{f.name}" for f in fields(lora) if getattr(lora, f.name) != f.default and f.name != "q_lora"]
         if given:

@@ -159,7 +159,7 @@ def truncate(item: dict, max_length: int) -> dict:
     supervised = torch.nonzero(item["labels"][:max_length] != IGNORE_INDEX)
     name = item.get("id", "a sample")
     if len(supervised) == 0:
-        pictures = int((item["image_bound"][:, 1] - item["image_bound"][:, 0]).sum()) if len(item["pixel_values"]) else 0
+        pictures = int(item["image_bound"].view(-1, 2).diff(dim=1).sum()) if len(item["pixel_values"]) else 0
         raise ValueError(
             f"{name} has {length} tokens ({pictures} of them for its pictures) and would lose its whole answer at "
             f"model_max_length {max_length}: raise --model_max_length to {length}, or lower --max_slice_nums"
@@ -239,8 +239,9 @@ def load_samples(path: str | os.PathLike) -> list[dict]:
     except json.JSONDecodeError as error:
         line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
         raise ValueError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; the line is {line[:120]!r}. "
-            'JSON has double quotes ("id", not \'id\') and no comma before a closing bracket'
+            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
+            f"the line is {line[:120]!r}. "
+            "JSON has double quotes (\"id\", not 'id') and no comma before a closing bracket"
         ) from error
     if not isinstance(samples, list):
         raise ValueError(f"{path}: holds a JSON {type(samples).__name__}, expected a list of samples")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -228,7 +229,8 @@ def _stop_on(problems: list[str], title: str) -> None:
 def _set_up_logging(args: TrainingArguments) -> None:
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # Flags that the original's scripts use are renamed in transformers 5 and work until 6.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def main() -> None:

@@ -7,16 +7,13 @@ else
   PYTHON="$(command -v python || command -v python3)" || { echo "$0: no python found" >&2; exit 1; }
 fi
 
-if [ -z "$GPUS_PER_NODE" ]; then
-  GPUS_PER_NODE="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" || exit 1
+VISIBLE_GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" || exit 1
+if [ "$VISIBLE_GPUS" -eq 0 ]; then
+  echo "$0: no GPU found, training on the CPU" >&2
+  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+  VISIBLE_GPUS=1
 fi
-if [ "$GPUS_PER_NODE" -eq 0 ]; then
-  echo "$0: no GPU found, one process on the CPU" >&2
-  GPUS_PER_NODE=1
-fi
-if [ -z "${DS_ACCELERATOR:-}" ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  export DS_ACCELERATOR=cpu
-fi
+GPUS_PER_NODE="${GPUS_PER_NODE:-$VISIBLE_GPUS}"
 
 if [ "$NNODES" -eq 1 ] && [ -z "$MASTER_PORT" ]; then
   RENDEZVOUS="--standalone" # a free port is found

@@ -1,8 +1,8 @@
 """Loading what finetuning wrote.
 
-    from finetune.loading import load_finetuned
-    model, tokenizer = load_finetuned("output/minicpmv_lora")
-    print(model.chat(image=picture, msgs=[{"role": "user", "content": "What is this?"}], tokenizer=tokenizer))
+from finetune.loading import load_finetuned
+model, tokenizer = load_finetuned("output/minicpmv_lora")
+print(model.chat(image=picture, msgs=[{"role": "user", "content": "What is this?"}], tokenizer=tokenizer))
 """
 
 from __future__ import annotations

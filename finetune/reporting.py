@@ -9,7 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 SETTINGS_NAME = "training_settings.json"
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "timm")
@@ -51,7 +51,10 @@ def settings_record(arguments: Mapping[str, object], resolved: Mapping[str, obje
             versions[package] = None
     return {
         "resolved": dict(resolved),
-        "arguments": {title: getattr(value, "to_dict", lambda v=value: dict(vars(v)))() for title, value in arguments.items()},
+        "arguments": {
+            title: value.to_dict() if isinstance(value, TrainingArguments) else dict(vars(value))
+            for title, value in arguments.items()
+        },
         "versions": versions,
     }
 

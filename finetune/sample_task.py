@@ -38,9 +38,9 @@ def draw(rng: random.Random, side: int) -> tuple[Image.Image, dict[str, str]]:
     pen = ImageDraw.Draw(image)
     colour, shape, word = rng.choice(list(COLOURS)), rng.choice(SHAPES), rng.choice(WORDS)
     radius = rng.randint(side // 8, side // 5)
-    x, y = rng.randint(radius, side - radius), rng.randint(radius, side // 2)
+    x, y = rng.randint(radius, side - radius), rng.randint(radius, side // 2 - radius // 4)
     corners = {
-        "square": [(x - radius, y - radius), (x + radius, y - radius), (x + radius, y + radius), (x - radius, y + radius)],
+        "square": [(x + a * radius, y + b * radius) for a, b in ((-1, -1), (1, -1), (1, 1), (-1, 1))],
         "triangle": [(x, y - radius), (x + radius, y + radius), (x - radius, y + radius)],
         "diamond": [(x, y - radius), (x + radius, y), (x, y + radius), (x - radius, y)],
     }
@@ -48,12 +48,10 @@ def draw(rng: random.Random, side: int) -> tuple[Image.Image, dict[str, str]]:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
     else:
         pen.polygon(corners[shape], fill=COLOURS[colour])
-    font = ImageFont.load_default(size=side // 5)
-    left, top, right, bottom = pen.textbbox((0, 0), word, font=font)
-    text_x = rng.randint(2, max(2, side - (right - left) - 4))
-    text_y = rng.randint(int(side * 0.72), side - (bottom - top) - 4)
-    pen.rectangle((text_x - 2, text_y - 2, text_x + right - left + 2, text_y + bottom - top + 2), fill="white")
-    pen.text((text_x - left, text_y - top), word, font=font, fill="black")
+    font = ImageFont.load_default(size=side * 0.3)
+    pen.rectangle((2, side * 0.68, side - 3, side - 3), fill="white")
+    middle = (side / 2 + rng.uniform(-2, 2), side * 0.83 + rng.uniform(-2, 2))
+    pen.text(middle, word, font=font, fill="black", anchor="mm")
     return image, {"colour": colour, "word": word}
 
 
@@ -128,7 +126,9 @@ def main() -> None:
         write_task(arguments.output, arguments.train, arguments.held_out, arguments.side, arguments.seed)
     except ValueError as error:
         parser.exit(1, f"sample_task: {error}\n")
-    logger.info("wrote %d training and %d held-out samples to %s", arguments.train, arguments.held_out, arguments.output)
+    logger.info(
+        "wrote %d + %d samples (training, held-out) to %s", arguments.train, arguments.held_out, arguments.output
+    )
 
 
 if __name__ == "__main__":

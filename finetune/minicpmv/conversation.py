@@ -124,7 +124,8 @@ def place_pictures(
     """
     named = isinstance(images, Mapping)
     waiting = dict(images) if named else list(images)
-    marks = re.compile("|".join(map(re.escape, sorted(waiting, key=len, reverse=True))) if named and waiting else IMAGE_MARK)
+    words = sorted(waiting, key=len, reverse=True) if named and waiting else [IMAGE_MARK]
+    marks = re.compile("|".join(map(re.escape, words)))
     texts = [m["content"] for m in messages if m["role"] == "user" and isinstance(m["content"], str)]
     found = [mark for text in texts for mark in marks.findall(text)]
     expected = sorted(waiting) if named and waiting else [IMAGE_MARK] * len(waiting)

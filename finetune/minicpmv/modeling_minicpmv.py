@@ -129,7 +129,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         for count in [len(lengths)] if groups is None else groups:
             spans += [max(lengths[start : start + count], default=0)] * count
             start += count
-        features = self.vpm(pad_strips(strips).to(dtype), sizes, spans)  # (S, N, V)
+        takes_spans = self.config.llm_type == "llama3"
+        features = self.vpm(pad_strips(strips).to(dtype), spans if takes_spans else sizes)  # (S, N, V)
         if tgt_sizes is None or self.config.llm_type == "minicpm":
             tgt_sizes = torch.tensor(sizes)
         tgt_sizes = tgt_sizes.to(features.device, non_blocking=True)

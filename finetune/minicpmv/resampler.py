@@ -30,7 +30,7 @@ class CrossAttention(nn.Module):
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None):
         """query (Q, D); key, value (S, N, D); key_mask (S, N) bool, True = attend, or None -> (S, Q, D)."""
-        slices, patches, width = key.shape
+        slices, _, width = key.shape
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
         b_q, b_k, b_v = self.in_proj_bias.chunk(3)
 

@@ -24,14 +24,16 @@ logger = logging.getLogger("tiny")
 
 MODELS = ("minicpm-llama3-v-2_5", "minicpm-v-2")
 VOCAB_SIZE = 704
-PICTURE_TOKENS = [f"<{slash}{name}>" for name in ("image", "ref", "box", "quad", "point", "slice") for slash in ("", "/")]
+LM_HEAD_SCALE = 5.0
+PICTURE_TOKENS = [f"<{end}{name}>" for name in ("image", "ref", "box", "quad", "point", "slice") for end in ("", "/")]
 LLAMA3_TOKENS = [
     *("<|begin_of_text|>", "<|end_of_text|>", "<unk>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
     *PICTURE_TOKENS,
 ]
 # Llama 3's pre-tokenizer pattern, from the tokenizer.json of the checkpoint
 LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SENTENCES = (
     "user assistant system What is in the picture? What colour is the shape? Which word is on the sign?",
@@ -113,7 +115,11 @@ def write_checkpoint(model: str, output: str | Path, text: Iterable[str] = (), s
             eos_token_id=tokenizer.eos_token_id,
         )
     torch.manual_seed(seed)
-    MiniCPMV(config).save_pretrained(output)
+    network = MiniCPMV(config)
+    with torch.no_grad():
+        # LoRA keeps lm_head frozen; at its initial scale no hidden state could be sure of a token.
+        network.llm.lm_head.weight *= LM_HEAD_SCALE
+    network.save_pretrained(output)
     tokenizer.save_pretrained(output)
     return output
 

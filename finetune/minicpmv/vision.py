@@ -89,12 +89,11 @@ class StripVisionTransformer(Idefics2VisionTransformer):
     def width(self) -> int:
         return self.config.hidden_size
 
-    def forward(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]], spans: list[int]) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, spans: list[int]) -> torch.Tensor:
         """Features of every patch.
 
         Args:
             pixel_values: (S, 3, P, N * P), zero padded strips in the tower's dtype.
-            sizes: patches (high, wide) of each slice; not used by this tower, whose positions are along the strip.
             spans: places (patches and padding) of each strip that attention covers.
 
         Returns:
@@ -147,13 +146,12 @@ class TimmVisionTower(nn.Module):
         self.norm = vit.norm
         self.gradient_checkpointing = False  # switched by PreTrainedModel.activation_checkpointing_enable
 
-    def forward(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]], spans: list[int]) -> torch.Tensor:
+    def forward(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
         """Features of every patch.
 
         Args:
             pixel_values: (S, 3, P, N * P), zero padded strips in the tower's dtype.
             sizes: patches (high, wide) of each slice; a slice sees its own patches and no padding.
-            spans: not used by this tower, see `StripVisionTransformer`.
 
         Returns:
             (S, N, V)
