@@ -147,8 +147,7 @@ def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraA
         module = max((m for m in trained if name.startswith(f"{m}.")), key=len)
         if args.use_lora and module == "llm":
             continue  # frozen, but for the biases that --lora_bias asked for
-        # 2.0's query positions are a fixed table, as in the original
-        parameter.requires_grad_(trained[module] and name != "resampler.pos_embed")
+        parameter.requires_grad_(trained[module])
     return model if peft_model is None else peft_model
 
 

@@ -62,10 +62,8 @@ class Resampler(nn.Module):
         super().__init__()
         self.embed_dim = embed_dim
         self.query = nn.Parameter(torch.empty(num_queries, embed_dim))
-        # The original keeps pos_embed fixed; so does every training setting here.
-        self.pos_embed = (
-            nn.Parameter(torch.empty(num_queries, embed_dim), requires_grad=False) if query_positions else None
-        )
+        # A buffer: the checkpoint stores it, the original never trains it.
+        self.register_buffer("pos_embed", torch.empty(num_queries, embed_dim) if query_positions else None)
         # no kv_proj where the widths agree, as in the original
         self.kv_proj = nn.Linear(kv_dim, embed_dim, bias=False) if kv_dim != embed_dim else nn.Identity()
         self.attn = CrossAttention(embed_dim, max(1, embed_dim // HEAD_DIM))

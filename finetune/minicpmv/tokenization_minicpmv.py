@@ -90,8 +90,17 @@ class MiniCPMVTokenizer(SpecialTokens, SentencePieceBackend):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Joins pieces with sentencepiece itself, so that byte pieces (`<0xF0>`...) become characters again."""
-        return self.sp_model.decode_pieces(list(tokens))
+        """Joins pieces with sentencepiece itself, so that byte pieces (`<0xF0>`...) become characters again; special
+        tokens, which sentencepiece would drop, stand between as they are."""
+        special = set(self.all_special_tokens)
+        text, pieces = "", []
+        for token in [*tokens, None]:
+            if token is None or token in special:
+                text += self.sp_model.decode_pieces(pieces) + (token or "")
+                pieces = []
+            else:
+                pieces.append(token)
+        return text
 
 
 MiniCPMVTokenizer.register_for_auto_class()

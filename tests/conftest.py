@@ -1,0 +1,108 @@
+"""Shared by all tests: golden files, tiny checkpoints, small data, and the launchers run as a user runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS = ROOT / "tests"
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+from finetune.minicpmv.tiny import MODELS, write_checkpoint  # noqa: E402
+from finetune.minicpmv.vision import to_strip  # noqa: E402
+
+GOLDEN = {"llama3": TESTS / "golden" / "minicpm_llama3_v2_5", "minicpm": TESTS / "golden" / "minicpm_v2"}
+GOLDEN_DATA = TESTS / "golden" / "data"
+LLM_TYPES = tuple(GOLDEN)
+
+
+def golden_batch(llm_type: str) -> dict:
+    """`data` for the model, from `batch.safetensors`; also `labels`."""
+    stored = load_file(GOLDEN[llm_type] / "batch.safetensors")
+    data = {name: stored[name] for name in ("position_ids", "attention_mask", "labels")}
+    data["input_ids"] = stored["input_ids"].long()
+    for name in ("tgt_sizes", "image_bound"):
+        data[name] = [stored[f"{name}.{sample}"] for sample in range(3)]
+    data["pixel_values"] = []
+    for sample in range(3):
+        pictures = [stored[f"image.{sample}.{n}"].float() for n in range(len(data["image_bound"][sample]))]
+        data["pixel_values"].append([to_strip(p, 14)[0] for p in pictures] if llm_type == "llama3" else pictures)
+    return data
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> dict[str, Path]:
+    """A tiny random checkpoint of each model."""
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        llm_type: write_checkpoint(model, folder / llm_type) for llm_type, model in zip(LLM_TYPES, MODELS, strict=True)
+    }
+
+
+@pytest.fixture(scope="session")
+def data_file(tmp_path_factory) -> Path:
+    """24 samples: one picture, a large one (slices), several turns, and text only, in turn."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = []
+    for number in range(24):
+        colour = [(200, 30, 30), (30, 160, 60), (40, 70, 200)][number % 3]
+        word = ["red", "green", "blue"][number % 3]
+        turns = [
+            {"role": "user", "content": "<image>\nWhat colour is it?"},
+            {"role": "assistant", "content": f"It is {word}." * (1 + number % 3)},
+        ]
+        sample = {"id": f"s{number}", "image": f"{number}.png", "conversations": turns}
+        size = (200, 120) if number % 4 == 1 else (112, 112 - 14 * (number % 3))
+        Image.new("RGB", size, colour).save(folder / f"{number}.png")
+        if number % 4 == 2:
+            turns += [{"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes."}]
+        if number % 4 == 3:
+            del sample["image"]
+            turns[0]["content"] = "Say a colour."
+        samples.append(sample)
+    path = folder / "train.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+def launch(script: str, *flags: object, cwd: Path | None = None, check: bool = True, timeout: int = 240, **variables):
+    """Run a launcher with `sh` as a user does: variables in the environment, further flags behind it."""
+    environment = {
+        **os.environ,
+        "VIRTUAL_ENV": sys.prefix,
+        "OMP_NUM_THREADS": "1",
+        **{name: str(value) for name, value in variables.items()},
+    }
+    result = subprocess.run(
+        ["sh", str(ROOT / "finetune" / script), *map(str, flags)],
+        cwd=cwd or ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    if check:
+        assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+    return result
+
+
+def losses(folder: Path) -> list[float]:
+    """Training losses of a run, one for each logged step."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors whose values are the same in both."""
+    return [name for name in left if name in right and torch.equal(left[name], right[name])]

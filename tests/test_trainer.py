@@ -1,0 +1,182 @@
+"""CPMTrainer: the loss of an optimizer step, equal to plain computations; evaluation without logits."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, golden_batch
+from torch import nn
+from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
+from finetune.trainer import CPMTrainer, token_loss
+
+QUERIES = {"llama3": 12, "minicpm": 16}
+
+
+@pytest.fixture(params=LLM_TYPES)
+def llm_type(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(llm_type):
+    return AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32)
+
+
+@pytest.fixture
+def dataset(llm_type) -> SupervisedDataset:
+    """Six samples with pictures of different sizes and answers of different lengths, and two of text only."""
+    samples = load_samples(GOLDEN_DATA / "samples.json")
+    samples += [{k: v for k, v in samples[n].items() if k != "image"} for n in (1, 5)]
+    for sample in samples[6:]:
+        text = sample["conversations"][0]["content"].replace("<image>\n", "")
+        sample["conversations"] = [{"role": "user", "content": text}, *sample["conversations"][1:]]
+    return SupervisedDataset(
+        samples,
+        build_transform(),
+        AutoTokenizer.from_pretrained(GOLDEN[llm_type]),
+        {"max_slice_nums": 2, "scale_resolution": 112, "patch_size": 14},
+        llm_type=llm_type,
+        query_nums=QUERIES[llm_type],
+        batch_vision=llm_type == "llama3",
+        image_folder=GOLDEN_DATA,
+    )
+
+
+def make_trainer(model, dataset, tmp_path, **arguments) -> CPMTrainer:
+    settings = {
+        "output_dir": str(tmp_path),
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "lr_scheduler_type": "constant",
+        "optim": "sgd",
+        "max_grad_norm": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return CPMTrainer(
+        model=model,
+        args=TrainingArguments(**settings),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=partial(data_collator, max_length=2048),
+    )
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_loss_at_supervised_positions_equals_the_full_computation(model, dataset, tmp_path, training):
+    trainer = make_trainer(model, dataset, tmp_path)
+    batch = data_collator([dataset[n] for n in (0, 2, 6)])
+    model.train(training)
+    shapes = []
+    model.llm.lm_head.register_forward_hook(lambda *call: shapes.append(tuple(call[2].shape)))
+    loss = trainer.compute_loss(model, dict(batch))
+    assert shapes == [((batch["labels"] != -100).sum(), 704)]
+    loss.backward()
+    some = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    logits = model(data={k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+    full = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    full.backward()
+    torch.testing.assert_close(loss, full, atol=1e-5, rtol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(some[name], parameter.grad, atol=1e-5, rtol=0, msg=name)
+
+
+def test_loss_of_the_golden_batch(model, llm_type, dataset, tmp_path):
+    from safetensors.torch import load_file
+
+    trainer = make_trainer(model, dataset, tmp_path)
+    loss = trainer.compute_loss(model, golden_batch(llm_type))  # a batch of somebody else's collator
+    expected = load_file(GOLDEN[llm_type] / "expected.safetensors")["loss"][0]
+    torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=0)
+
+
+def test_accumulation_equals_a_large_batch(llm_type, dataset, tmp_path):
+    """The same eight samples in one step, as batches of 8, 4 x 2 and 1 x 8: answers differ in length."""
+    results = []
+    for batch, accumulation in ((8, 1), (4, 2), (1, 8)):
+        model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32)
+        trainer = make_trainer(
+            model,
+            dataset,
+            tmp_path,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
+        trainer.train()
+        history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        results.append((history, {name: p.detach().clone() for name, p in model.named_parameters()}))
+    for history, weights in results[1:]:
+        assert history == pytest.approx(results[0][0], abs=2e-4)  # the log rounds
+        for name, weight in weights.items():
+            torch.testing.assert_close(weight, results[0][1][name], atol=1e-6, rtol=1e-5, msg=name)
+
+
+def test_loss_divides_by_the_tokens_of_the_whole_step():
+    logits = torch.randn(5, 7)
+    labels = torch.tensor([1, -100, 2, 3, -100])
+    total = F.cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+    torch.testing.assert_close(token_loss(CausalLMOutputWithPast(logits=logits), labels, torch.tensor(12)), total / 12)
+    torch.testing.assert_close(token_loss(CausalLMOutputWithPast(logits=logits), labels), total / 3)
+
+
+def test_evaluation_keeps_no_logits_unless_asked(model, dataset, tmp_path):
+    trainer = make_trainer(model, dataset, tmp_path, per_device_eval_batch_size=4)
+    shapes = []
+    model.llm.lm_head.register_forward_hook(lambda *call: shapes.append(call[2].dim()))
+    metrics = trainer.evaluate()
+    assert shapes == [2, 2]  # (supervised tokens, vocabulary)
+    loss, logits, labels = trainer.prediction_step(model, data_collator([dataset[0]]), prediction_loss_only=True)
+    assert logits is None and labels is None and loss > 0
+    batch = data_collator([dataset[0], dataset[6]])
+    _, logits, labels = trainer.prediction_step(model, batch, prediction_loss_only=False)
+    assert logits.shape == (*batch["input_ids"].shape, 704) and labels.shape == batch["labels"].shape
+    assert metrics["eval_loss"] > 0
+
+
+class Bigram(nn.Module):
+    """Any module with `forward(data=...) -> .logits`."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(704, 704)
+        self.seen = []
+
+    def forward(self, data):
+        self.seen.append(sorted(data))
+        return CausalLMOutputWithPast(logits=self.table(data["input_ids"]))
+
+
+def test_any_module_with_the_contract_trains_through_its_wrapper(dataset, tmp_path):
+    model = Bigram()
+    trainer = make_trainer(model, dataset, tmp_path, max_steps=3, per_device_train_batch_size=2, learning_rate=1.0)
+    calls = []
+    wrapped = trainer._wrap_model
+
+    class Wrapper(nn.Module):  # stands for DDP and DeepSpeed's engine
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *args, **kwargs):
+            calls.append(1)
+            return self.module(*args, **kwargs)
+
+    trainer._wrap_model = lambda module, *args, **kwargs: Wrapper(wrapped(module, *args, **kwargs))
+    before = model.table.weight.detach().clone()
+    trainer.train()
+    assert len(calls) == 3
+    assert not torch.equal(before, model.table.weight)
+    assert {"input_ids", "position_ids", "pixel_values", "image_bound", "tgt_sizes"} <= set(model.seen[0])
+    assert "labels" not in model.seen[0]
