@@ -17,7 +17,7 @@ export HF_HUB_OFFLINE=1
 say "2/5 sample task and tiny checkpoint in quickstart/"
 rm -rf quickstart
 mkdir quickstart
-python finetune/sample_task.py --output quickstart/task --train 1600
+python finetune/sample_task.py --output quickstart/task
 python -m finetune.minicpmv.tiny --model minicpm-llama3-v-2_5 --output quickstart/tiny
 
 say "3/5 accuracy before training (guessing gives 0.25)"
@@ -26,7 +26,7 @@ python finetune/sample_task.py --output quickstart/task --score quickstart/tiny
 say "4/5 LoRA training with finetune_lora.sh"
 # A model this small learns at a rate that would break a real one, and DeepSpeed has nothing to save here.
 MODEL=quickstart/tiny DATA=quickstart/task/train.json OUTPUT_DIR=quickstart/lora DS_CONFIG='' \
-  sh finetune/finetune_lora.sh --batch_size 16 --max_steps 450 --learning_rate 3e-3 --dataloader_num_workers 0 \
+  sh finetune/finetune_lora.sh --batch_size 16 --max_steps 500 --learning_rate 3e-3 --dataloader_num_workers 0 \
   --gradient_checkpointing false --logging_steps 50
 
 say "5/5 accuracy after training, adapter loaded as in the README"

@@ -114,6 +114,8 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         if self.warmup_ratio is not None and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # transformers 5: below 1, a part of all steps
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # unsaid, accelerate would not connect the processes of a CPU run with each other
         if self.tune_llm is None:
             self.tune_llm = not self.use_lora
         if self.bf16 is None and self.fp16 is None:

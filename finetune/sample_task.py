@@ -1,10 +1,11 @@
 """A task that is small and real: drawn pictures, questions about them, held-out pictures to score on.
 
-    python finetune/sample_task.py --output sample_task            # 1200 training and 100 held-out samples
+    python finetune/sample_task.py --output sample_task            # 2400 training and 100 held-out samples
     python finetune/sample_task.py --output sample_task --score MODEL_FOLDER
 
 Every picture shows a coloured shape and a word on a sign, on a speckled ground. One question asks for the colour, one
-for the word; each has four possible answers, so guessing scores 0.25. `--score` answers the held-out questions with a
+for the word; each has four possible answers, so guessing scores 0.25. Training samples ask both in random order,
+held-out samples one of them. `--score` answers the held-out questions with a
 model folder (a checkpoint or an adapter) and prints the part that is right.
 """
 
@@ -26,7 +27,7 @@ logger = logging.getLogger("sample_task")
 
 COLOURS = {"red": (214, 48, 49), "green": (39, 155, 76), "blue": (41, 98, 217), "yellow": (245, 200, 25)}
 SHAPES = ("circle", "square", "triangle", "diamond")
-WORDS = ("EXIT", "OPEN", "STOP", "SALE")
+WORDS = ("P", "WC", "EXIT", "PARKING")
 QUESTIONS = {"colour": "What colour is the shape?", "word": "Which word is on the sign?"}
 
 
@@ -48,7 +49,7 @@ def draw(rng: random.Random, side: int) -> tuple[Image.Image, dict[str, str]]:
         pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=COLOURS[colour])
     else:
         pen.polygon(corners[shape], fill=COLOURS[colour])
-    font = ImageFont.load_default(size=side * 0.3)
+    font = ImageFont.load_default(size=side * 0.22)
     pen.rectangle((2, side * 0.68, side - 3, side - 3), fill="white")
     middle = (side / 2 + rng.uniform(-2, 2), side * 0.83 + rng.uniform(-2, 2))
     pen.text(middle, word, font=font, fill="black", anchor="mm")
@@ -71,11 +72,12 @@ def write_task(output: Path, train: int, held_out: int, side: int, seed: int) ->
             image, answers = draw(rng, side)
             path = f"images/{split}_{number:05d}.png"
             image.save(output / path)
-            kind = list(QUESTIONS)[number % len(QUESTIONS)]
-            turns = [
-                {"role": "user", "content": f"<image>\n{QUESTIONS[kind]}"},
-                {"role": "assistant", "content": answers[kind]},
-            ]
+            kinds = rng.sample(list(QUESTIONS), len(QUESTIONS)) if split == "train" else [list(QUESTIONS)[number % 2]]
+            turns = []
+            for kind in kinds:
+                mark = "" if turns else "<image>\n"
+                turns.append({"role": "user", "content": mark + QUESTIONS[kind]})
+                turns.append({"role": "assistant", "content": answers[kind]})
             samples.append({"id": f"{split}_{number}", "image": path, "conversations": turns})
         (output / f"{split}.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
 
@@ -113,7 +115,7 @@ def main() -> None:
     logger.setLevel(logging.INFO)
     parser = argparse.ArgumentParser(description="Write the sample task, or score a model on it.")
     parser.add_argument("--output", type=Path, required=True, help="folder of the task")
-    parser.add_argument("--train", type=int, default=1200, help="training samples")
+    parser.add_argument("--train", type=int, default=2400, help="training samples")
     parser.add_argument("--held_out", type=int, default=100, help="held-out samples")
     parser.add_argument("--side", type=int, default=112, help="pixels on each side of a picture")
     parser.add_argument("--seed", type=int, default=0)

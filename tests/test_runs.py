@@ -1,0 +1,302 @@
+"""Training through the launchers, as a user starts it: what is trained, what is saved, what loads again.
+
+Each run is made once and looked at by several tests; a key names it: (llm_type, lora or full, processes, DeepSpeed).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLM_TYPES, ROOT, launch, losses, same_tensors
+from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoTokenizer
+
+from finetune.loading import EXTRA_WEIGHTS_NAME, load_finetuned
+
+STEPS = 4
+RUNS = {
+    "lora-llama3-1-plain": ("llama3", "lora", 1, ""),
+    "lora-llama3-2-plain": ("llama3", "lora", 2, ""),
+    "lora-llama3-2-zero2": ("llama3", "lora", 2, "ds_config_zero2.json"),
+    "lora-llama3-2-zero3": ("llama3", "lora", 2, "ds_config_zero3.json"),
+    "lora-minicpm-1-zero2": ("minicpm", "lora", 1, "ds_config_zero2.json"),
+    "lora-minicpm-2-zero3": ("minicpm", "lora", 2, "ds_config_zero3_offload.json"),
+    "full-llama3-2-zero3": ("llama3", "full", 2, "ds_config_zero3.json"),
+    "full-llama3-1-plain": ("llama3", "full", 1, ""),
+    "full-minicpm-2-zero2": ("minicpm", "full", 2, "ds_config_zero2_offload.json"),
+    "full-minicpm-2-zero3": ("minicpm", "full", 2, "ds_config_zero3.json"),
+}
+
+
+@pytest.fixture(scope="session")
+def run(tiny, data_file, tmp_path_factory):
+    """Runs by name, made on first use: 4 steps of 4 samples over all processes, in float32, a checkpoint at step 2."""
+    done = {}
+
+    def make(name: str) -> Path:
+        if name not in done:
+            llm_type, method, processes, deepspeed = RUNS[name]
+            folder = tmp_path_factory.mktemp(name)
+            flags = ["--lora_r", 8, "--lora_dropout", 0] if method == "lora" else []
+            launch(
+                f"finetune_{'lora' if method == 'lora' else 'ds'}.sh",
+                *("--batch_size", 4 // processes, "--max_steps", STEPS, "--logging_steps", 1, "--learning_rate", 1e-3),
+                *("--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--dataloader_num_workers", 0),
+                *("--eval_steps", 4, *flags),
+                MODEL=tiny[llm_type],
+                DATA=data_file,
+                EVAL_DATA=data_file if name == "lora-llama3-1-plain" else "",
+                OUTPUT_DIR=folder,
+                GPUS_PER_NODE=processes,
+                DS_CONFIG=deepspeed,
+                SAVE_STEPS=2,
+            )
+            done[name] = folder
+        return done[name]
+
+    return make
+
+
+@pytest.fixture(params=RUNS)
+def each(request, run) -> tuple[Path, str, str]:
+    """(folder, llm_type, method) of every run."""
+    llm_type, method, _, _ = RUNS[request.param]
+    return run(request.param), llm_type, method
+
+
+def base_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def example(tokenizer) -> dict:
+    return {"input_ids": torch.tensor([tokenizer("What colour is it? red")["input_ids"]])}
+
+
+def test_files_and_history(each):
+    folder, _, method = each
+    names = {"tokenizer_config.json", "trainer_state.json", "training_settings.json", "loss.png"}
+    if method == "lora":
+        weights = {"adapter_config.json", "adapter_model.safetensors", EXTRA_WEIGHTS_NAME}
+    else:
+        weights = {"config.json", "model.safetensors", "modeling_minicpmv.py", "configuration_minicpm.py"}
+    present = {file.name for file in folder.iterdir()}
+    assert names | weights <= present
+    assert not [name for name in present if name.endswith(".tmp")]
+    for step in (2, 4):
+        assert weights | {"training_settings.json", "trainer_state.json"} <= {
+            file.name for file in (folder / f"checkpoint-{step}").iterdir()
+        }
+    assert len(losses(folder)) == STEPS and losses(folder)[-1] < losses(folder)[0]
+    assert list(folder.glob("runs/*/events.out.tfevents*"))
+    entry = next(e for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in e)
+    assert {"grad_norm", "learning_rate"} <= set(entry)
+    settings = json.loads((folder / "training_settings.json").read_text())
+    assert settings["resolved"]["slicing"]["max_slice_nums"] == 9
+    assert settings["arguments"]["training"]["max_steps"] == STEPS
+
+
+def test_what_is_trained(each, tiny):
+    folder, llm_type, method = each
+    base = base_weights(tiny[llm_type])
+    if method == "lora":
+        adapter = load_file(folder / "adapter_model.safetensors")
+        layers = {re.search(r"llm\.model\.layers\.\d+\.self_attn\.(\w+)", name)[1] for name in adapter}
+        assert layers == {"q_proj", "k_proj", "v_proj", "o_proj"}
+        assert all(".lora_" in name for name in adapter)
+        assert all(tensor.abs().sum() > 0 for name, tensor in adapter.items() if "lora_B" in name)
+        extra = torch.load(folder / EXTRA_WEIGHTS_NAME, weights_only=True)
+        extra = {name.removeprefix("base_model.model."): tensor for name, tensor in extra.items()}
+        expected = {n for n in base if n.startswith(("vpm.", "resampler.")) and n != "resampler.pos_embed"}
+        assert set(extra) == expected | {"llm.model.embed_tokens.weight"}
+        unchanged = same_tensors(base, extra)
+    else:
+        trained = base_weights(folder)
+        assert set(trained) == set(base)
+        unchanged = [name for name in same_tensors(base, trained) if name != "resampler.pos_embed"]
+    # Embedding rows of unseen tokens stay; whole tensors do not, but for key biases, whose gradient is zero.
+    assert [name for name in unchanged if not name.endswith("k_proj.bias")] == []
+
+
+def test_reloaded_model_is_the_trained_one(each, tiny):
+    """Checkpoint folder and final folder, both taken after the last step, give the same logits."""
+    folder, llm_type, method = each
+    logits = []
+    for place in (folder, folder / "checkpoint-4"):
+        model, tokenizer = load_finetuned(place)
+        logits.append(model(data=example(tokenizer)).logits)
+    assert torch.equal(*logits)
+    base = AutoModel.from_pretrained(tiny[llm_type])
+    assert (logits[0] - base(data=example(tokenizer)).logits).abs().max() > 1e-3
+    if method == "lora":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["task_type"] == "CAUSAL_LM"
+        assert config["base_model_name_or_path"] == str(tiny[llm_type].resolve())
+
+
+def test_one_process_equals_two_and_every_zero_stage(run):
+    """The global batch is the same: so are losses, step by step, and weights."""
+    reference = run("lora-llama3-1-plain")
+    weights = load_file(reference / "adapter_model.safetensors")
+    for name in ("lora-llama3-2-plain", "lora-llama3-2-zero2", "lora-llama3-2-zero3"):
+        assert losses(run(name)) == pytest.approx(losses(reference), rel=2e-4), name
+        for key, tensor in load_file(run(name) / "adapter_model.safetensors").items():
+            torch.testing.assert_close(tensor, weights[key], atol=1e-3, rtol=0, msg=f"{name} {key}")
+    assert losses(run("full-llama3-2-zero3")) == pytest.approx(losses(run("full-llama3-1-plain")), rel=2e-4)
+
+
+def test_saved_logits_equal_those_of_the_running_model(run, data_file, tmp_path):
+    """The evaluation loss after the last step, computed by the running model, is that of the reloaded one."""
+    from functools import partial
+
+    from transformers import TrainingArguments
+
+    from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
+    from finetune.trainer import CPMTrainer
+
+    folder = run("lora-llama3-1-plain")
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    running = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+    model, tokenizer = load_finetuned(folder)
+    config = model.get_base_model().config
+    dataset = SupervisedDataset(
+        load_samples(data_file),
+        build_transform(),
+        tokenizer,
+        config.slicing,
+        llm_type="llama3",
+        query_nums=config.query_num,
+        batch_vision=True,
+        image_folder=data_file.parent,
+    )
+    arguments = TrainingArguments(
+        str(tmp_path), per_device_eval_batch_size=1, report_to="none", remove_unused_columns=False, use_cpu=True
+    )
+    trainer = CPMTrainer(model=model, args=arguments, eval_dataset=dataset, data_collator=partial(data_collator))
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(running, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["lora-llama3-1-plain", "lora-llama3-2-zero3", "full-minicpm-2-zero2"])
+def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
+    """A run stopped after step 2 and continued takes the steps that the unbroken run took."""
+    import shutil
+
+    llm_type, method, processes, deepspeed = RUNS[name]
+    folder = tmp_path / "resumed"
+    shutil.copytree(run(name), folder)
+    shutil.rmtree(folder / "checkpoint-4")
+    for file in folder.iterdir():
+        if file.is_file():
+            file.unlink()
+    flags = ["--lora_r", 8, "--lora_dropout", 0] if method == "lora" else []
+    launch(
+        f"finetune_{'lora' if method == 'lora' else 'ds'}.sh",
+        *("--batch_size", 4 // processes, "--max_steps", STEPS, "--logging_steps", 1, "--learning_rate", 1e-3),
+        *("--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--dataloader_num_workers", 0, *flags),
+        *("--resume_from_checkpoint", "true"),
+        MODEL=tiny[llm_type],
+        DATA=data_file,
+        OUTPUT_DIR=folder,
+        GPUS_PER_NODE=processes,
+        DS_CONFIG=deepspeed,
+        SAVE_STEPS=2,
+    )
+    assert losses(folder) == pytest.approx(losses(run(name)), rel=1e-5)
+    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    for key, tensor in load_file(folder / file).items():
+        torch.testing.assert_close(tensor, load_file(run(name) / file)[key], atol=1e-6, rtol=1e-4, msg=key)
+
+
+def test_adapter_snippet_of_the_readme(run, tmp_path):
+    """The README's lines, verbatim, in a fresh process that starts at the repository root."""
+    snippet = re.search(r"<!-- adapter snippet -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    folder, picture = run("lora-llama3-2-zero2"), tmp_path / "picture.jpg"
+    from PIL import Image
+
+    Image.new("RGB", (120, 80), "red").save(picture)
+    program = snippet.replace("path/to/adapter", str(folder)).replace("path/to/picture.jpg", str(picture))
+    program += "\nassert msg.unexpected_keys == [], msg.unexpected_keys\n"
+    result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_adapter_snippet_without_the_toolkit(run, tmp_path):
+    """The base carries its code: a process that never imports the toolkit loads the adapter too."""
+    program = f"""
+import sys, torch
+from peft import AutoPeftModelForCausalLM
+folder = {str(run("lora-minicpm-1-zero2"))!r}
+model = AutoPeftModelForCausalLM.from_pretrained(folder, device_map="auto", trust_remote_code=True).eval()
+msg = model.load_state_dict(torch.load(f"{{folder}}/vpm_resampler_embedtokens.pt"), strict=False)
+assert msg.unexpected_keys == [] and "finetune" not in sys.modules
+torch.save(model(data={{"input_ids": torch.arange(9)[None]}}).logits, "logits.pt")
+"""
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    model, _ = load_finetuned(run("lora-minicpm-1-zero2"))
+    torch.testing.assert_close(
+        torch.load(tmp_path / "logits.pt"), model(data={"input_ids": torch.arange(9)[None]}).logits, atol=1e-6, rtol=0
+    )
+
+
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_full_checkpoint_answers(llm_type, run):
+    folder = run("full-llama3-1-plain" if llm_type == "llama3" else "full-minicpm-2-zero3")
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    assert isinstance(
+        model.chat(None, [{"role": "user", "content": "Say a colour."}], tokenizer, max_new_tokens=5), str
+    )
+
+
+def test_switches_and_continued_adapter(run, tiny, data_file, tmp_path):
+    """--tune_vision false, --tune_embed_tokens false, --lora_modules_to_save, --lora_weight_path, --max_slice_nums."""
+    first = run("lora-llama3-1-plain")
+    launch(
+        "finetune_lora.sh",
+        *("--tune_vision", "false", "--tune_embed_tokens", "false", "--lora_weight_path", first),
+        *("--max_slice_nums", 2, "--max_steps", 2, "--logging_steps", 1, "--dataloader_num_workers", 1),
+        *("--evaluation_strategy", "no", "--logging_dir", tmp_path / "events", "--batch_size", 2),
+        *("--learning_rate", 1e-3, "--save_strategy", "no"),
+        MODEL=tiny["llama3"],
+        DATA=data_file,
+        OUTPUT_DIR=tmp_path / "out",
+        DS_CONFIG="",
+        cwd=tmp_path,
+    )
+    assert list((tmp_path / "events").glob("events.out.tfevents*"))
+    before = load_file(first / "adapter_model.safetensors")
+    after = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert set(after) == set(before)
+    assert all(0 < (after[name] - before[name]).abs().max() < 0.01 for name in after if "lora_B" in name)
+    settings = json.loads((tmp_path / "out" / "training_settings.json").read_text())
+    assert settings["resolved"]["slicing"]["max_slice_nums"] == 2
+    extra = torch.load(tmp_path / "out" / EXTRA_WEIGHTS_NAME, weights_only=True)
+    assert {name.split(".")[2] for name in extra} == {"resampler"}
+
+
+def test_lora_modules_to_save_and_layers(tiny, data_file, tmp_path):
+    launch(
+        "finetune_lora.sh",
+        *("--lora_modules_to_save", "resampler", "--lora_target_modules", "q_proj,gate_proj", "--lora_bias", "all"),
+        *("--lora_layers_to_transform", 1, "--lora_layers_pattern", "layers", "--max_steps", 1),
+        *("--save_strategy", "no", "--tune_vision", "false", "--dataloader_num_workers", 0),
+        MODEL=tiny["llama3"],
+        DATA=data_file,
+        OUTPUT_DIR=tmp_path,
+        DS_CONFIG="",
+    )
+    adapter = load_file(tmp_path / "adapter_model.safetensors")
+    lora = [name for name in adapter if ".lora_" in name]
+    assert all("layers.1." in name and ("q_proj" in name or "gate_proj" in name) for name in lora) and lora
+    assert any("resampler.query" in name for name in adapter)
+    extra = torch.load(tmp_path / EXTRA_WEIGHTS_NAME, weights_only=True)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    assert model.load_state_dict(extra, strict=False).unexpected_keys == []
+    assert not [name for name in extra if "original_module" in name]
