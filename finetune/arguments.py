@@ -119,9 +119,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.tune_llm is None:
             self.tune_llm = not self.use_lora
         if self.bf16 is None and self.fp16 is None:
-            has_gpu = torch.cuda.is_available() and not self.use_cpu
-            self.bf16 = has_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
-            self.fp16 = has_gpu and not self.bf16
+            self.bf16, self.fp16 = found_precision(self.use_cpu)
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         if self.label_names is None:
             self.label_names = ["labels"]
@@ -130,6 +128,14 @@ class TrainingArguments(transformers.TrainingArguments):
     @property
     def compute_dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+
+def found_precision(use_cpu: bool) -> tuple[bool, bool]:
+    """(bf16, fp16): bfloat16 where the GPU computes in it, float16 on other GPUs, neither (float32) on CPUs."""
+    if use_cpu or not torch.cuda.is_available():
+        return False, False
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    return bf16, not bf16
 
 
 @dataclass

@@ -110,6 +110,12 @@ def load_model(
     Without DeepSpeed, half-precision runs keep what is trained in float32 (under autocast) and what is frozen in half
     precision; DeepSpeed keeps its own float32 copies.
     """
+    if args.deepspeed and torch.distributed.is_initialized():
+        import deepspeed
+
+        # On CPUs accelerate connects the processes without DeepSpeed, which must know of them before ZeRO-3 divides
+        # the parameters among them while the checkpoint loads.
+        deepspeed.init_distributed(auto_mpi_discovery=False)
     mixed = args.compute_dtype != torch.float32 and args.deepspeed is None
     trains_most = args.tune_llm and mixed
     model = MiniCPMV.from_pretrained(

@@ -1,0 +1,332 @@
+"""Flags and launchers: what each refuses, and that every shipped file is one that its reader accepts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLM_TYPES, ROOT, TESTS, launch
+
+from finetune import arguments as arguments_module
+from finetune.arguments import check_arguments, checkpoint_to_resume, load_config, parse_arguments
+from finetune.finetune import load_model, prepare_trainable, train
+from finetune.minicpmv import MiniCPMV
+from finetune.reporting import parameter_table, plot_history
+
+FINETUNE = ROOT / "finetune"
+DEEPSPEED_FILES = sorted(FINETUNE.glob("ds_config_*.json"))
+
+# What the original's scripts and FAQ pass, word for word.
+ORIGINAL_FLAGS = (
+    "--llm_type llama3 --remove_unused_columns false --label_names labels --prediction_loss_only false --bf16 false "
+    "--bf16_full_eval false --fp16 false --fp16_full_eval false --do_train --do_eval --tune_vision true "
+    "--model_max_length 1200 --max_slice_nums 9 --max_steps 10000 --eval_steps 1000 --logging_strategy steps "
+    "--per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1 "
+    "--evaluation_strategy steps --save_strategy steps --save_steps 1000 --save_total_limit 10 --learning_rate 1e-6 "
+    "--weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine --logging_steps 1 "
+    "--gradient_checkpointing true --report_to tensorboard --batch_size 2 --cache_dir cache"
+).split()
+
+
+@pytest.fixture
+def given(tiny, data_file, tmp_path, monkeypatch):
+    """Checks a command line on the 2.5 checkpoint; flags given later win."""
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+
+    def check(*flags):
+        needed = ["--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", tmp_path / "out"]
+        parsed = parse_arguments([str(word) for word in [*needed, *flags]])
+        return parsed, check_arguments(*parsed, load_config(parsed[0], parsed[2]))
+
+    return check
+
+
+def test_flags_of_the_original(given, data_file, tmp_path):
+    (_, _, training, _), problems = given(
+        *ORIGINAL_FLAGS, "--eval_data_path", data_file, "--logging_dir", tmp_path, "--tune_llm", "true"
+    )
+    assert problems == []
+    assert training.per_device_train_batch_size == 2
+    assert training.eval_strategy == "steps"
+    assert training.warmup_steps == 0.01 and training.get_warmup_steps(1000) == 10
+    assert training.max_steps == 10000
+
+
+def test_lora_flags_reach_peft(given):
+    (_, _, _, lora), problems = given(
+        *("--use_lora", "true", "--lora_layers_to_transform", "0", "1", "--lora_layers_pattern", "layers"),
+        *("--lora_layer_replication", "[[0, 1], [0, 2]]", "--lora_modules_to_save", "resampler,embed_tokens"),
+        *("--lora_target_modules", "q_proj,v_proj"),
+    )
+    assert problems == []
+    assert lora.layers_to_transform == [0, 1] and lora.layer_replication == [(0, 1), (0, 2)]
+    assert lora.modules_to_save == ["resampler", "embed_tokens"] and lora.target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--use_lora true --tune_llm true", "LoRA keeps the language model frozen"),
+        ("--tune_llm false --tune_vision false --tune_resampler false", "nothing would be trained"),
+        ("--llm_type minicpm", "whose llm_type is llama3"),
+        ("--llm_type qwen", "whose llm_type is llama3"),
+        ("--data_path none.json", "--data_path none.json: there is no such file"),
+        ("--eval_data_path none.json", "--eval_data_path none.json: there is no such file"),
+        ("--deepspeed none.json", "--deepspeed none.json: there is no such file"),
+        ("--deepspeed=none.json", "--deepspeed none.json: there is no such file"),
+        ("--evaluation_strategy steps", "needs --eval_data_path"),
+        ("--use_lora true --q_lora true", "comes with a later change"),
+        ("--lora_r 8", "--lora_r only with --use_lora true"),
+        ("--use_lora true --lora_weight_path nowhere", "holds no adapter_config.json"),
+        ("--use_lora true --lora_target_modules (", "no regular expression"),
+        ("--use_lora true --lora_bias some", "expected none, all or lora_only"),
+        ("--use_lora true --lora_layer_replication 3", "expected JSON like"),
+        ("--model_name_or_path ./nowhere", "there is no such folder"),
+        ("--model_max_length 100000", "made for at most"),
+        ("--max_slice_nums 0", "expected 1"),
+        ("--warmup_ratio 3", "0 to 1"),
+        ("--remove_unused_columns true", "leave it false"),
+        ("--resume_from_checkpoint nowhere", "is no checkpoint folder"),
+        ("--image_folder nowhere", "no such folder"),
+        ("--no_such_flag 1", "there is no such flag"),
+    ],
+)
+def test_wrong_combinations(given, flags, message):
+    _, problems = given(*flags.split())
+    assert any(message in problem for problem in problems), problems
+
+
+def test_all_problems_at_once_and_before_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    with pytest.raises(arguments_module.UserError) as caught:
+        train(
+            f"--model_name_or_path {tiny['minicpm']} --llm_type llama3 --data_path no.json --use_lora true "
+            f"--tune_llm true --deepspeed no_ds.json --output_dir {tmp_path}".split()
+        )
+    for part in ("whose llm_type is minicpm", "no.json", "keeps the language model frozen", "no_ds.json"):
+        assert part in str(caught.value)
+
+
+def test_wrong_lora_target_shows_before_weights(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    base = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path} --use_lora true"
+    with pytest.raises(arguments_module.UserError, match="LoRA cannot be set up"):
+        train([*base.split(), "--lora_target_modules", "llm.none"])
+
+
+def test_data_problems_stop_before_weights(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    data = tmp_path / "train.json"
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    data.write_text(json.dumps([{"id": "a7", "image": "gone.png", "conversations": turns}, {"id": "b8"}]))
+    with pytest.raises(arguments_module.UserError) as caught:
+        train(f"--model_name_or_path {tiny['llama3']} --data_path {data} --output_dir {tmp_path / 'out'}".split())
+    assert "sample 0 (id 'a7'): picture does not exist" in str(caught.value)
+    assert "sample 1 (id 'b8'): field 'conversations' is missing" in str(caught.value)
+
+
+def test_scheduler_block_is_refused(given, tmp_path):
+    config = {**json.loads(DEEPSPEED_FILES[0].read_text()), "scheduler": {"type": "WarmupLR"}}
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    _, problems = given("--deepspeed", tmp_path / "ds.json")
+    assert len(problems) == 1 and '"scheduler"' in problems[0]
+
+
+def test_earlier_run_is_not_overwritten(given, tmp_path):
+    (tmp_path / "out" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    assert any("checkpoint-3 of an earlier run" in problem for problem in given()[1])
+    assert given("--overwrite_output_dir", "true")[1] == []
+    (_, _, training, _), problems = given("--resume_from_checkpoint", "true")
+    assert problems == [] and Path(checkpoint_to_resume(training)).name == "checkpoint-3"
+    (_, _, training, _), problems = given("--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3")
+    assert problems == [] and Path(checkpoint_to_resume(training)).name == "checkpoint-3"
+    assert any("earlier run" in problem for problem in given("--resume_from_checkpoint", "false")[1])
+
+
+def test_precision_is_found(given, monkeypatch):
+    assert given()[0][2].compute_dtype == torch.float32  # a CPU
+    assert given("--bf16", "true")[0][2].compute_dtype == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for has_bf16 in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda answer=has_bf16, **_: answer)
+        assert arguments_module.found_precision(use_cpu=False) == (has_bf16, not has_bf16)
+    assert arguments_module.found_precision(use_cpu=True) == (False, False)
+
+
+def test_half_precision_keeps_trained_tensors_in_float32(given):
+    parsed, _ = given("--bf16", "true", "--use_lora", "true", "--tune_vision", "false")
+    model = load_model(parsed[0], parsed[2], parsed[3], load_config(parsed[0], parsed[2]))
+    kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+
+
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_what_the_switches_train(given, tiny, llm_type):
+    def trained(*flags: str) -> set[str]:
+        (model_args, _, training, lora), problems = given("--model_name_or_path", tiny[llm_type], *flags)
+        assert problems == []
+        config = load_config(model_args, training)
+        with torch.device("meta"):
+            model = prepare_trainable(MiniCPMV(config), training, lora)
+        names = (n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.requires_grad)
+        return {
+            "lora" if ".lora_" in n else n.split(".")[2] if n.startswith("llm.model") else n.split(".")[0]
+            for n in names
+        }
+
+    everything = {"llm", "embed_tokens", "layers", "norm", "vpm", "resampler"}
+    assert trained() == everything
+    assert trained("--tune_vision", "false") == everything - {"vpm"}
+    assert trained("--tune_llm", "false") == {"vpm", "resampler"}
+    assert trained("--tune_embed_tokens", "false") == everything - {"embed_tokens"}
+    lora = ("--use_lora", "true")
+    assert trained(*lora) == {"lora", "embed_tokens", "vpm", "resampler"}
+    assert trained(*lora, "--tune_embed_tokens", "false") == {"lora", "vpm", "resampler"}
+    assert trained(*lora, "--tune_vision", "false", "--tune_resampler", "false") == {"lora", "embed_tokens"}
+
+
+def test_parameter_table():
+    model = torch.nn.ModuleDict({"vpm": torch.nn.Linear(2, 3), "resampler": torch.nn.Linear(1, 1)})
+    model["vpm"].requires_grad_(False)
+    lines = parameter_table(model).splitlines()
+    assert [line.split() for line in lines[1:]] == [["vpm", "0", "9"], ["resampler", "2", "0"], ["total", "2", "9"]]
+
+
+def test_every_flag_has_help():
+    for group in ("ModelArguments", "DataArguments", "TrainingArguments", "LoraArguments"):
+        for field in fields(getattr(arguments_module, group)):
+            assert field.metadata.get("help") or not field.init, field.name
+
+
+@pytest.mark.parametrize("path", DEEPSPEED_FILES, ids=lambda path: path.stem)
+def test_deepspeed_files(path, given):
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    config = json.loads(path.read_text())
+    assert "scheduler" not in config
+    assert config["zero_optimization"]["stage"] == int(path.stem.split("zero")[1][0])
+    offloads = {"zero2": ["offload_optimizer"], "zero3": ["offload_optimizer", "offload_param"]}
+    expected = offloads[path.stem.split("_")[2]] if "offload" in path.stem else []
+    assert [key for key in config["zero_optimization"] if key.startswith("offload")] == expected
+    (_, _, training, _), problems = given("--deepspeed", path)
+    assert problems == []
+    filled = training.hf_deepspeed_config
+    filled.fill_only("zero_optimization.reduce_bucket_size", 1)
+    filled.fill_only("zero_optimization.stage3_prefetch_bucket_size", 1)
+    filled.fill_only("zero_optimization.stage3_param_persistence_threshold", 1)
+    DeepSpeedConfig(filled.config)
+
+
+def test_shipped_files_are_all_looked_at():
+    assert [path.name for path in DEEPSPEED_FILES] == [
+        "ds_config_zero2.json",
+        "ds_config_zero2_offload.json",
+        "ds_config_zero3.json",
+        "ds_config_zero3_offload.json",
+    ]
+    scripts = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.sh"), *FINETUNE.glob("*.sh")])
+    assert scripts == [
+        *(
+            "finetune/finetune_ds.sh",
+            "finetune/finetune_lora.sh",
+            "finetune/launch.sh",
+            "quickstart.sh",
+            "run_tests.sh",
+        ),
+    ]
+    for script in scripts:
+        subprocess.run(["sh", "-n", str(ROOT / script)], check=True)
+
+
+def test_launchers_start_torchrun_as_told(tmp_path):
+    """The command that a launcher would run, with a python that prints its arguments."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && { echo 3; exit 0; }\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+
+    def command(script: str, *flags: str, **variables) -> list[str]:
+        place = {"VIRTUAL_ENV": tmp_path, "MODEL": "a model", "DATA": "d.json", **variables}
+        return launch(script, *flags, cwd=tmp_path, **place).stdout.splitlines()
+
+    words = command("finetune_lora.sh", "--max_steps", "10")
+    assert words[words.index("--nproc_per_node") + 1] == "3" and "--standalone" in words
+    assert words[words.index("--model_name_or_path") + 1] == "a model"
+    assert words[-2:] == ["--max_steps", "10"]
+    assert words[words.index("--deepspeed") + 1] == str(FINETUNE / "ds_config_zero2.json")
+    assert "--eval_data_path" not in words and "--llm_type" not in words
+    assert words[words.index("--learning_rate") + 1] == "1e-4"
+    words = command(
+        "finetune_ds.sh",
+        **{"EVAL_DATA": "e.json", "LLM_TYPE": "llama3", "GPUS_PER_NODE": 2, "NNODES": 2, "NODE_RANK": 1},
+        **{"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": 7000, "DS_CONFIG": "ds_config_zero3_offload.json"},
+    )
+    for flag, value in {
+        "--nnodes": "2",
+        "--node_rank": "1",
+        "--master_addr": "10.0.0.1",
+        "--master_port": "7000",
+        "--nproc_per_node": "2",
+        "--eval_data_path": "e.json",
+        "--llm_type": "llama3",
+        "--tune_llm": "true",
+        "--deepspeed": str(FINETUNE / "ds_config_zero3_offload.json"),
+    }.items():
+        assert words[words.index(flag) + 1] == value, flag
+    assert "--deepspeed" not in command("finetune_ds.sh", DS_CONFIG="")
+
+
+def test_launcher_fails_with_the_training_and_says_why(tiny, tmp_path):
+    result = launch("finetune_lora.sh", MODEL=tiny["llama3"], DATA="no.json", OUTPUT_DIR=tmp_path, check=False)
+    assert result.returncode != 0
+    assert "--data_path no.json: there is no such file" in result.stderr
+    assert "finetune/finetune.py" in result.stderr
+
+
+@pytest.mark.parametrize("folder", [ROOT, FINETUNE])
+def test_modules_import_from_both_places(folder):
+    prefix = "finetune." if folder == ROOT else ""
+    program = f"from {prefix}dataset import SupervisedDataset; from {prefix}trainer import CPMTrainer"
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, capture_output=True)
+    script = "finetune/finetune.py" if folder == ROOT else "finetune.py"
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=folder, check=True, capture_output=True, text=True)
+    assert "--tune_embed_tokens" in shown.stdout
+
+
+def test_tiny_checkpoints_and_sample_task_are_commands(tmp_path):
+    tiny = [sys.executable, "-m", "finetune.minicpmv.tiny", "--model", "minicpm-v-2", "--output", str(tmp_path / "m")]
+    subprocess.run(tiny, cwd=ROOT, check=True, capture_output=True)
+    assert sum(file.stat().st_size for file in (tmp_path / "m").iterdir()) < 10e6
+    again = subprocess.run(tiny, cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and "nothing is overwritten" in again.stderr
+    task = [
+        sys.executable,
+        "finetune/sample_task.py",
+        "--output",
+        str(tmp_path / "t"),
+        "--train",
+        "4",
+        "--held_out",
+        "2",
+    ]
+    subprocess.run(task, cwd=ROOT, check=True, capture_output=True)
+    assert len(json.loads((tmp_path / "t" / "train.json").read_text())) == 4
+    assert len(list((tmp_path / "t" / "images").iterdir())) == 6
+
+
+def test_loss_picture(tmp_path):
+    history = [{"step": n, "loss": 1 / n, "learning_rate": 1e-4, "grad_norm": 1.0} for n in range(1, 5)]
+    plot_history([*history, {"step": 4, "eval_loss": 0.5}], tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_no_word_of_a_path_of_this_machine():
+    for file in [ROOT / "README.md", *FINETUNE.rglob("*.py"), *FINETUNE.glob("*.sh"), *TESTS.glob("*.py")]:
+        assert str(ROOT) not in file.read_text(), file
