@@ -53,7 +53,7 @@ def test_embeddings_and_features(model, llm_type, expected):
 def test_logits_loss_and_gradients(model, llm_type, expected, checkpointing):
     model.train()
     if checkpointing:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable()
     data = golden_batch(llm_type)
     labels = data.pop("labels")
     logits = model(data=data, use_cache=False).logits
@@ -72,7 +72,7 @@ def test_logits_loss_and_gradients(model, llm_type, expected, checkpointing):
 
 def test_checkpointing_really_recomputes(model, llm_type):
     model.train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     runs = []
     layer = model.vpm.encoder.layers[0].mlp if llm_type == "llama3" else model.vpm.blocks[0].mlp
     layer.register_forward_pre_hook(lambda *_: runs.append(1))

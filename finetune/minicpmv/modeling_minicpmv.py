@@ -249,7 +249,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         data = dict(given) if isinstance(given, Mapping) else {} if given is None else {"input_ids": given}
         data.update({name: kwargs.pop(name) for name in names if kwargs.get(name) is not None})
         kwargs.pop("position_ids", None)  # follow from the attention mask
-        kwargs.setdefault("generation_config", self.generation_config)
+        self.llm.generation_config = self.generation_config  # what generation_config.json of the checkpoint says
         mask = data.get("attention_mask")
         if mask is None:
             mask = torch.ones_like(data["input_ids"])
