@@ -29,7 +29,7 @@ MODEL=quickstart/tiny DATA=quickstart/task/train.json OUTPUT_DIR=quickstart/lora
   sh finetune/finetune_lora.sh --batch_size 16 --max_steps 500 --learning_rate 3e-3 --dataloader_num_workers 0 \
   --gradient_checkpointing false --logging_steps 50
 
-say "5/5 accuracy after training, adapter loaded as in the README"
-python finetune/sample_task.py --output quickstart/task --score quickstart/lora
+say "5/5 accuracy after training, adapter loaded by the README's snippet"
+python finetune/sample_task.py --output quickstart/task --score quickstart/lora --at_least 0.9
 
 say "done: adapter and loss.png in quickstart/lora"

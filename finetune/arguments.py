@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
+import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
 import transformers
 from transformers import AutoConfig, HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
+from finetune.loading import EXTRA_WEIGHTS_NAME
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 
 LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+logger = logging.getLogger("finetune")
 DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
 
 
@@ -81,7 +84,7 @@ class TrainingArguments(transformers.TrainingArguments):
         default=None, metadata={"help": "Folder for TensorBoard events. None: runs/ inside the output folder."}
     )
     warmup_ratio: float | None = field(
-        default=None, metadata={"help": "Part of all steps over which the learning rate rises, 0 to 1."}
+        default=None, metadata={"help": "Part of all steps over which the learning rate rises, 0 to below 1."}
     )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that holds checkpoints of another run."}
@@ -101,6 +104,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default="tensorboard", metadata={"help": "Where metrics go: tensorboard, wandb, ..., none."}
     )
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Course of the learning rate."})
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Log a running average in place of a loss that is no number. Hides divergence."},
+    )
     prediction_loss_only: bool = field(
         default=True, metadata={"help": "Evaluation keeps the loss alone, not the logits of the whole vocabulary."}
     )
@@ -147,7 +154,10 @@ class LoraArguments:
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA matrices, 0 to 1."})
     lora_target_modules: str = field(
         default=LORA_TARGETS,
-        metadata={"help": "Linear layers that get LoRA: a regular expression over full names, or names with commas."},
+        metadata={
+            "help": "Linear layers that get LoRA: names in the language model, with commas (q_proj,v_proj), a regular "
+            "expression over full names, or all-linear."
+        },
     )
     lora_weight_path: str = field(
         default="", metadata={"help": "Adapter folder to continue from; its own LoRA settings then hold."}
@@ -160,7 +170,7 @@ class LoraArguments:
         default=None, metadata={"help": "Numbers, with spaces or commas, of the layers that get LoRA. None: all."}
     )
     lora_layers_pattern: str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that lora_layers_to_transform counts in."}
+        default=None, metadata={"help": "Name of the list of layers that lora_layers_to_transform counts in: layers."}
     )
     lora_layer_replication: str | None = field(
         default=None, metadata={"help": "Ranges of layers to stack anew, as JSON: [[0, 4], [2, 5]]."}
@@ -168,11 +178,17 @@ class LoraArguments:
     q_lora: bool = field(default=False, metadata={"help": "Not available yet; see the message."})
 
     @property
-    def target_modules(self) -> str | list[str]:
-        """A regular expression as it is; plain names (`q_proj,v_proj`) as a list, which peft matches at the end."""
-        if re.fullmatch(r"[\w.]+(,[\w.]+)*", self.lora_target_modules) and self.lora_target_modules != "all-linear":
-            return self.lora_target_modules.split(",")
-        return self.lora_target_modules
+    def target_modules(self) -> str:
+        """Regular expression over full names for peft: plain names (`q_proj,v_proj`) within the language model, and
+        the layers of `lora_layers_to_transform`, which peft itself takes only beside a list of names."""
+        targets, layer = self.lora_target_modules, r"\d+"
+        if self.layers_to_transform is not None:
+            layer = f"({'|'.join(map(str, self.layers_to_transform))})"
+        layer_of = rf"{self.lora_layers_pattern or 'layers'}\.{layer}"
+        if re.fullmatch(r"[\w.]+(,[\w.]+)*", targets):
+            names = "|".join(map(re.escape, targets.split(",")))
+            return rf"llm\..*{layer_of}\..*\b({names})"
+        return targets.replace(r"layers\.\d+", layer_of)
 
     @property
     def modules_to_save(self) -> list[str] | None:
@@ -205,6 +221,8 @@ def parse_arguments(
     if places and (problem := _deepspeed_problem(argv[places[-1] + 1])):
         problems.append(problem)
         argv = [arg for number, arg in enumerate(argv) if number not in places and number - 1 not in places]
+    if "--output_dir" not in argv:
+        problems.append("--output_dir is missing: where shall checkpoints and the result go?")
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
     *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     problems += [f"{flag}: there is no such flag" for flag in unknown if flag.startswith("--")]
@@ -228,6 +246,12 @@ def _deepspeed_problem(path: str) -> str | None:
         return (
             f'--deepspeed {path}: has a "scheduler" block, which would replace --lr_scheduler_type and '
             "--warmup_ratio without a word; remove the block"
+        )
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
+        return (
+            f'--deepspeed {path}: ZeRO-3 without "stage3_gather_16bit_weights_on_model_save": true in its '
+            '"zero_optimization" would save no model; add it'
         )
     return None
 
@@ -269,8 +293,6 @@ def check_arguments(
                 f"--model_max_length {training.model_max_length}: the language model was made for at most "
                 f"{config.max_position_embeddings} tokens"
             )
-    if not training.output_dir:
-        problems.append("--output_dir is missing: where shall checkpoints and the result go?")
     if not data.data_path:
         problems.append("--data_path is missing: the JSON file with your training samples")
     elif not Path(data.data_path).is_file():
@@ -287,8 +309,8 @@ def check_arguments(
         problems.append(f"--model_max_length {training.model_max_length}: expected a number of tokens")
     if training.max_slice_nums is not None and training.max_slice_nums < 1:
         problems.append(f"--max_slice_nums {training.max_slice_nums}: expected 1 (overview alone) or more")
-    if training.warmup_ratio is not None and not 0 <= training.warmup_ratio <= 1:
-        problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to 1")
+    if training.warmup_ratio is not None and not 0 <= training.warmup_ratio < 1:
+        problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to below 1")
     if training.n_gpu > 1:
         problems.append("several GPUs but one process: start with torchrun, as finetune_ds.sh and finetune_lora.sh do")
     problems += _lora_problems(training, lora)
@@ -321,7 +343,26 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
 
 
 def _last_checkpoint(output_dir: str) -> str | None:
-    return get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
+    """Newest complete checkpoint: trainer_state.json is written last, so a save that was cut off lacks it."""
+    complete = {}
+    for folder in Path(output_dir).glob("checkpoint-*"):
+        number = folder.name.removeprefix("checkpoint-")
+        if number.isdecimal() and (folder / "trainer_state.json").is_file():
+            complete[int(number)] = str(folder)
+        elif number.isdecimal():
+            logger.warning("%s is incomplete (its save was cut off) and is passed over", folder)
+    return complete[max(complete)] if complete else None
+
+
+def set_checkpoints_aside(output_dir: str) -> None:
+    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new."""
+    old = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
+    if old:
+        aside = Path(output_dir) / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.mkdir()
+        for folder in old:
+            folder.rename(aside / folder.name)
+        logger.warning("moved %d checkpoints of an earlier run to %s", len(old), aside)
 
 
 def _lora_problems(training: TrainingArguments, lora: LoraArguments) -> list[str]:
@@ -341,14 +382,20 @@ def _lora_problems(training: TrainingArguments, lora: LoraArguments) -> list[str
         problems.append(f"--lora_r {lora.lora_r}: expected 1 or more")
     if lora.lora_bias not in ("none", "all", "lora_only"):
         problems.append(f"--lora_bias {lora.lora_bias}: expected none, all or lora_only")
-    if lora.lora_weight_path and not Path(lora.lora_weight_path, "adapter_config.json").is_file():
-        problems.append(f"--lora_weight_path {lora.lora_weight_path}: holds no adapter_config.json")
+    for file in ("adapter_config.json", EXTRA_WEIGHTS_NAME) if lora.lora_weight_path else ():
+        if not Path(lora.lora_weight_path, file).is_file():
+            problems.append(f"--lora_weight_path {lora.lora_weight_path}: holds no {file}")
     try:
         re.compile(lora.lora_target_modules)
     except re.error as error:
         problems.append(f"--lora_target_modules {lora.lora_target_modules}: no regular expression ({error})")
     try:
-        _ = lora.layers_to_transform
+        plain = re.fullmatch(r"[\w.,]+", lora.lora_target_modules)
+        if lora.layers_to_transform and not plain and r"layers\.\d+" not in lora.lora_target_modules:
+            problems.append(
+                r"--lora_layers_to_transform needs plain names in --lora_target_modules, or layers\.\d+ in its "
+                f"regular expression; found {lora.lora_target_modules}"
+            )
     except ValueError:
         problems.append(f"--lora_layers_to_transform {lora.lora_layers_to_transform}: expected numbers")
     try:

@@ -21,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -29,8 +29,16 @@ from torchvision import transforms
 if not __package__:  # `import dataset` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.minicpmv.conversation import IGNORE_INDEX, IMAGE_MARK, check_roles, encode, place_pictures
-from finetune.minicpmv.image_slicing import MEAN, STD
+from finetune.minicpmv.conversation import (
+    IGNORE_INDEX,
+    IMAGE_MARK,
+    check_roles,
+    encode,
+    encode_text,
+    place_pictures,
+    text_turns,
+)
+from finetune.minicpmv.image_slicing import MEAN, STD, placeholder, plan_slices, slicing_of, upright_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +124,39 @@ class SupervisedDataset(Dataset):
         item["id"] = name
         return item if self.max_length is None else truncate(item, self.max_length)
 
+    def length_problem(self, index: int, sizes: Mapping[str, tuple[int, int]]) -> str | None:
+        """Why sample `index` would lose its whole answer to truncation, found without decoding a picture; or None.
+
+        Args:
+            sizes: (width, height) in pixels of the pictures, upright, by path as `resolve` gives it.
+        """
+        sample, slicing = self.raw_data[index], slicing_of(self.slice_config, self.patch_size)
+        images = _map_images(sample.get("image"), lambda path: sizes[resolve(path, self.image_folder)])
+        picture_tokens = 0
+
+        def describe(size: tuple[int, int]) -> str:
+            nonlocal picture_tokens
+            _, grid, _ = plan_slices(size, **slicing)
+            picture_tokens += self.query_nums * (1 + (grid[0] * grid[1] if grid else 0))
+            return placeholder(grid, self.query_nums)
+
+        turns = text_turns(sample["conversations"], images, describe)
+        # No token is shorter than a byte, and a turn has at most 5 tokens of its own: most samples need no tokenizer.
+        text_bytes = sum(len(text.replace("<unk>", "").encode()) + 5 for _, text in turns)
+        if text_bytes + picture_tokens < self.max_length:
+            return None
+        input_ids, labels = encode_text(turns, self.tokenizer, self.llm_type)
+        if len(input_ids) <= self.max_length or (labels[: self.max_length] != IGNORE_INDEX).any():
+            return None
+        return _lost_answer(len(input_ids), picture_tokens, self.max_length)
+
+
+def _lost_answer(tokens: int, picture_tokens: int, max_length: int) -> str:
+    return (
+        f"has {tokens} tokens ({picture_tokens} of them for its pictures) and would lose its whole answer at "
+        f"model_max_length {max_length}: raise --model_max_length to {tokens}, or lower --max_slice_nums"
+    )
+
 
 def load_image(path: str, folder: str | os.PathLike | None = None) -> Image.Image:
     """Read a picture as RGB, turned as its EXIF data says.
@@ -126,7 +167,7 @@ def load_image(path: str, folder: str | os.PathLike | None = None) -> Image.Imag
     path = resolve(path, folder)
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return upright_rgb(image)
     except FileNotFoundError as error:
         raise ValueError(f"picture {path} does not exist") from error
     except Image.UnidentifiedImageError as error:
@@ -160,10 +201,7 @@ def truncate(item: dict, max_length: int) -> dict:
     name = item.get("id", "a sample")
     if len(supervised) == 0:
         pictures = int(item["image_bound"].view(-1, 2).diff(dim=1).sum()) if len(item["pixel_values"]) else 0
-        raise ValueError(
-            f"{name} has {length} tokens ({pictures} of them for its pictures) and would lose its whole answer at "
-            f"model_max_length {max_length}: raise --model_max_length to {length}, or lower --max_slice_nums"
-        )
+        raise ValueError(f"{name} {_lost_answer(length, pictures, max_length)}")
     end = int(supervised[-1]) + 1
     _warn_truncated(f"{name} has {length} tokens, cut to {end} (--model_max_length {max_length})")
     slices = int((item["image_bound"].view(-1, 2)[:, 1] <= end).sum()) if len(item["pixel_values"]) else 0
@@ -250,11 +288,17 @@ def load_samples(path: str | os.PathLike) -> list[dict]:
     return samples
 
 
-def find_problems(
-    samples: Sequence, path: str | os.PathLike, llm_type: str, image_folder: str | os.PathLike | None
-) -> list[str]:
+def find_problems(dataset: SupervisedDataset, path: str | os.PathLike) -> list[str]:
     """What is wrong with the samples, as far as it can be seen without decoding a picture: missing and misplaced
-    fields, roles, marks, pictures that do not exist or are no pictures. One line each: file, index, id, cause."""
+    fields, roles, marks, pictures that do not exist or are no pictures, answers that `max_length` would cut off whole.
+
+    Args:
+        path: of the data file, for the messages.
+
+    Returns:
+        one line for each problem: file, index, id, cause.
+    """
+    samples, llm_type, image_folder = dataset.raw_data, dataset.llm_type, dataset.image_folder
     pictures: dict[str, list[int]] = {}
     causes: list[tuple[int, str]] = []
     for index, sample in enumerate(samples):
@@ -267,10 +311,17 @@ def find_problems(
         for picture in image.values() if isinstance(image, Mapping) else image if isinstance(image, list) else [image]:
             if picture is not None:
                 pictures.setdefault(resolve(picture, image_folder), []).append(index)
+    sizes = {}
     with ThreadPoolExecutor(16) as pool:  # opening reads a header; on network disks it is the waiting that counts
-        for (picture, users), cause in zip(pictures.items(), pool.map(_picture_problem, pictures), strict=True):
-            if cause:
-                causes += [(index, f"{cause}: {picture}") for index in users]
+        for (picture, users), found in zip(pictures.items(), pool.map(_picture_size, pictures), strict=True):
+            if isinstance(found, str):
+                causes += [(index, f"{found}: {picture}") for index in users]
+            else:
+                sizes[picture] = found
+    if dataset.max_length is not None:
+        bad = {index for index, _ in causes}
+        lengths = ((n, dataset.length_problem(n, sizes)) for n in range(len(samples)) if n not in bad)
+        causes += [(index, cause) for index, cause in lengths if cause]
     names = {index: sample.get("id") if isinstance(sample, Mapping) else None for index, sample in enumerate(samples)}
     return [f"{path}: sample {index} (id {names[index]!r}): {cause}" for index, cause in sorted(causes)]
 
@@ -316,10 +367,12 @@ def _check_sample(sample, llm_type: str) -> None:
     place_pictures(turns, _map_images(image, lambda path: path))
 
 
-def _picture_problem(path: str) -> str | None:
+def _picture_size(path: str) -> tuple[int, int] | str:
+    """(width, height) of the picture turned upright, from its header; or what is wrong with it."""
     try:
-        with Image.open(path):
-            return None
+        with Image.open(path) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+            return image.size[::-1] if turned else image.size
     except FileNotFoundError:
         return "picture does not exist"
     except Image.UnidentifiedImageError:

@@ -31,6 +31,7 @@ from finetune.arguments import (
     checkpoint_to_resume,
     load_config,
     parse_arguments,
+    set_checkpoints_aside,
 )
 from finetune.dataset import (
     SupervisedDataset,
@@ -42,7 +43,7 @@ from finetune.dataset import (
 )
 from finetune.loading import load_extra_tensors
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
-from finetune.reporting import RunFiles, parameter_table, settings_record
+from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
 from finetune.trainer import CPMTrainer
 
 logger = logging.getLogger("finetune")
@@ -60,14 +61,20 @@ def train(argv: list[str] | None = None) -> None:
     _stop_on(check_arguments(model_args, data_args, args, lora_args, config), "These settings cannot work:")
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
-    slicing = config.slicing
     if args.max_slice_nums is not None:
-        slicing["max_slice_nums"] = args.max_slice_nums
+        config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
+    slicing = config.slicing
     make_dataset = partial(_load_dataset, data_args.image_folder, tokenizer, config, slicing, args)
     train_dataset = make_dataset(data_args.data_path)
-    eval_dataset = make_dataset(data_args.eval_data_path) if data_args.eval_data_path else None
+    eval_dataset = None
+    if data_args.eval_data_path and args.eval_strategy == "no":
+        logger.warning("--eval_data_path is not used: --eval_strategy is no")
+    elif data_args.eval_data_path:
+        eval_dataset = make_dataset(data_args.eval_data_path)
     _stop_on(_trainable_problems(config, args, lora_args), "These settings cannot work:")
 
+    if args.overwrite_output_dir and args.process_index == 0:
+        set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
     model = load_model(model_args, args, lora_args, config)
     resolved = {
@@ -92,6 +99,7 @@ def train(argv: list[str] | None = None) -> None:
         data_collator=partial(data_collator, max_length=args.model_max_length),
         processing_class=tokenizer,
         callbacks=[RunFiles(settings)],
+        continued_adapter=lora_args.lora_weight_path or None,
     )
     checkpoint = checkpoint_to_resume(args)
     if args.resume_from_checkpoint and checkpoint is None:
@@ -99,6 +107,9 @@ def train(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()
+    if trainer.is_world_process_zero():
+        write_settings(settings, args.output_dir)
+        plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
     logger.info("saved to %s", Path(args.output_dir).resolve())
 
 
@@ -151,9 +162,8 @@ def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraA
             continue
         # the embeddings' entry is the more special of the two that match them
         module = max((m for m in trained if name.startswith(f"{m}.")), key=len)
-        if args.use_lora and module == "llm":
-            continue  # frozen, but for the biases that --lora_bias asked for
-        parameter.requires_grad_(trained[module])
+        by_peft = args.use_lora and parameter.requires_grad  # biases that --lora_bias asked for
+        parameter.requires_grad_(trained[module] or by_peft)
     return model if peft_model is None else peft_model
 
 
@@ -171,8 +181,6 @@ def _with_lora(model: MiniCPMV, lora_args: LoraArguments) -> PeftModel:
             target_modules=lora_args.target_modules,
             bias=lora_args.lora_bias,
             modules_to_save=lora_args.modules_to_save,
-            layers_to_transform=lora_args.layers_to_transform,
-            layers_pattern=lora_args.lora_layers_pattern,
             layer_replication=lora_args.layer_replication,
             task_type="CAUSAL_LM",
         )
@@ -209,10 +217,7 @@ def _load_dataset(
         samples = load_samples(path)
     except ValueError as error:
         raise UserError(str(error)) from error
-    folder = image_folder or str(Path(path).resolve().parent)
-    if args.local_process_index == 0:
-        _stop_on(find_problems(samples, path, config.llm_type, folder), "These samples cannot be used:")
-    return SupervisedDataset(
+    dataset = SupervisedDataset(
         samples,
         build_transform(),
         tokenizer,
@@ -222,8 +227,11 @@ def _load_dataset(
         query_nums=config.query_num,
         batch_vision=config.llm_type == "llama3",
         max_length=args.model_max_length,
-        image_folder=folder,
+        image_folder=image_folder or str(Path(path).resolve().parent),
     )
+    if args.local_process_index == 0:
+        _stop_on(find_problems(dataset, path), "These samples cannot be used:")
+    return dataset
 
 
 def _stop_on(problems: list[str], title: str) -> None:

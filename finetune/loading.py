@@ -7,6 +7,7 @@ print(model.chat(image=picture, msgs=[{"role": "user", "content": "What is this?
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from transformers import AutoModel, AutoTokenizer
 import finetune.minicpmv  # noqa: F401 (registers the models)
 
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
+SETTINGS_NAME = "training_settings.json"
 
 
 def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, object]:
@@ -35,6 +37,10 @@ def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, obje
     if Path(folder, "adapter_config.json").is_file():
         model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)
         load_extra_tensors(model, folder)
+        settings = Path(folder, SETTINGS_NAME)
+        if settings.is_file():  # the base's config knows nothing of how many slices the adapter was trained with
+            slicing = json.loads(settings.read_text(encoding="utf-8"))["resolved"]["slicing"]
+            model.get_base_model().config.set_max_slice_nums(slicing["max_slice_nums"])
     else:
         model = AutoModel.from_pretrained(folder, **kwargs)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
@@ -48,18 +54,29 @@ def load_extra_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
     """
     if not isinstance(model, PeftModel):
         return
-    path = Path(folder) / EXTRA_WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the folder holds an adapter without the other trained weights")
     parameters = dict(model.named_parameters())
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    tensors = read_extra_tensors(folder)
     unexpected = [name for name in tensors if name not in parameters]
     if unexpected:
-        raise ValueError(f"{path} holds tensors that this model does not have: {', '.join(unexpected[:5])}")
+        raise ValueError(
+            f"{EXTRA_WEIGHTS_NAME} in {folder} holds tensors that this model does not have: {', '.join(unexpected[:5])}"
+        )
     for name, tensor in tensors.items():
         with _whole(parameters[name]) as writes, torch.no_grad():
             if writes:
                 parameters[name].copy_(tensor)
+
+
+def read_extra_tensors(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """Tensors of `vpm_resampler_embedtokens.pt`, on the CPU, by their names in the PeftModel.
+
+    Raises:
+        ValueError: when the file is missing.
+    """
+    path = Path(folder) / EXTRA_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the folder holds an adapter without the other trained weights")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 @contextmanager

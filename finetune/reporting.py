@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,7 +12,9 @@ from pathlib import Path
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-SETTINGS_NAME = "training_settings.json"
+from finetune.arguments import UserError
+from finetune.loading import SETTINGS_NAME
+
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "timm")
 
 
@@ -68,7 +71,7 @@ def write_settings(settings: Mapping, folder: str | os.PathLike) -> None:
 
 
 class RunFiles(TrainerCallback):
-    """Writes the settings into every checkpoint, and settings and `loss.png` into the output folder at the end."""
+    """Writes the settings into every checkpoint, and stops a run whose loss is no number any more."""
 
     def __init__(self, settings: Mapping):
         self.settings = settings
@@ -77,11 +80,14 @@ class RunFiles(TrainerCallback):
         if state.is_world_process_zero:
             write_settings(self.settings, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
-    def on_train_end(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            write_settings(self.settings, args.output_dir)
-            plot_history(state.log_history, Path(args.output_dir) / "loss.png")
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        loss = (logs or {}).get("loss", 0.0)
+        if not math.isfinite(float(loss)):
+            raise UserError(
+                f"the loss is {loss} at step {state.global_step}: nothing after this step would be learned. Lower "
+                "--learning_rate, or train in another precision (--bf16 true), and continue from the last checkpoint "
+                "with --resume_from_checkpoint true"
+            )
 
 
 def plot_history(history: list[dict], path: Path) -> None:

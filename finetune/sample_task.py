@@ -15,6 +15,7 @@ import argparse
 import json
 import logging
 import random
+import re
 import sys
 from pathlib import Path
 
@@ -82,14 +83,29 @@ def write_task(output: Path, train: int, held_out: int, side: int, seed: int) ->
         (output / f"{split}.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
 
 
-def score(model_folder: str, task: Path) -> float:
-    """Part of the held-out questions that the model answers exactly, greedily; also per question, in the log."""
+def load_as_in_the_readme(adapter: Path, picture: Path):
+    """Model and tokenizer, by running the README's adapter snippet with two paths put in."""
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    snippet = re.search(r"<!-- adapter snippet -->\n```python\n(.*?)```", readme, re.S)[1]
+    names: dict = {}
+    exec(snippet.replace("path/to/adapter", str(adapter)).replace("path/to/picture.jpg", str(picture)), names)
+    return names["model"], names["tokenizer"]
+
+
+def score(model_folder: Path, task: Path) -> float:
+    """Part of the held-out questions that the model answers exactly, greedily; also per question, in the log.
+
+    An adapter is loaded by the README's snippet, a checkpoint by `load_finetuned`.
+    """
     # Imported here: drawing a task needs none of it.
     from tqdm import tqdm
 
     from finetune.loading import load_finetuned
 
-    model, tokenizer = load_finetuned(model_folder)
+    if (model_folder / "adapter_config.json").is_file():
+        model, tokenizer = load_as_in_the_readme(model_folder, task / "images" / "held_out_00000.png")
+    else:
+        model, tokenizer = load_finetuned(model_folder)
     right: dict[str, list[bool]] = {}
     for sample in tqdm(json.loads((task / "held_out.json").read_text(encoding="utf-8")), desc="answering"):
         question, answer = (turn["content"] for turn in sample["conversations"])
@@ -119,10 +135,16 @@ def main() -> None:
     parser.add_argument("--held_out", type=int, default=100, help="held-out samples")
     parser.add_argument("--side", type=int, default=112, help="pixels on each side of a picture")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--score", metavar="MODEL_FOLDER", help="score this model instead of writing the task")
+    parser.add_argument(
+        "--score", metavar="MODEL_FOLDER", type=Path, help="score this model instead of writing the task"
+    )
+    parser.add_argument("--at_least", type=float, default=0.0, help="with --score: exit status 1 below this accuracy")
     arguments = parser.parse_args()
     if arguments.score:
-        logger.info("accuracy %.2f", score(arguments.score, arguments.output))
+        accuracy = score(arguments.score, arguments.output)
+        logger.info("accuracy %.2f", accuracy)
+        if accuracy < arguments.at_least:
+            parser.exit(1, f"sample_task: expected at least {arguments.at_least}\n")
         return
     try:
         write_task(arguments.output, arguments.train, arguments.held_out, arguments.side, arguments.seed)

@@ -22,7 +22,7 @@ from transformers import Trainer
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors
+from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 
@@ -47,10 +47,16 @@ class CPMTrainer(Trainer):
 
     With `MiniCPMV`, plain or under PEFT, `lm_head` is applied to supervised positions only. What LoRA runs train
     beside the adapter is written to `vpm_resampler_embedtokens.pt` in every checkpoint and read back on resume.
+
+    Args:
+        continued_adapter: adapter folder that training began from. What its `vpm_resampler_embedtokens.pt` holds and
+            this run keeps frozen is written again, so that the new folder is complete.
+        args, kwargs: as for Trainer.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, continued_adapter: str | os.PathLike | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.continued_adapter = continued_adapter
         self.compute_loss_func = self.compute_loss_func or token_loss
         self.model_accepts_loss_kwargs = False  # the loss is computed here, the model gets `data` alone
         if not self.label_names:
@@ -97,7 +103,8 @@ class CPMTrainer(Trainer):
         super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             path = Path(output_dir or self.args.output_dir) / EXTRA_WEIGHTS_NAME
-            extra = extra_trained_tensors(self.model, state_dict)
+            extra = read_extra_tensors(self.continued_adapter) if self.continued_adapter else {}
+            extra.update(extra_trained_tensors(self.model, state_dict))
             torch.save(extra, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,10 @@ TESTS = ROOT / "tests"
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# DeepSpeed compiles a small extension on first use on CPUs. In a folder of its own, the lock of a build that somebody
+# killed elsewhere cannot hold up the tests.
+EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions")
+os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
 from finetune.minicpmv.tiny import MODELS, write_checkpoint  # noqa: E402
 from finetune.minicpmv.vision import to_strip  # noqa: E402

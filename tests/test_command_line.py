@@ -11,12 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import LLM_TYPES, ROOT, TESTS, launch
+from peft import AutoPeftModelForCausalLM
+from transformers import TrainerState
 
 from finetune import arguments as arguments_module
-from finetune.arguments import check_arguments, checkpoint_to_resume, load_config, parse_arguments
+from finetune.arguments import (
+    check_arguments,
+    checkpoint_to_resume,
+    load_config,
+    parse_arguments,
+    set_checkpoints_aside,
+)
 from finetune.finetune import load_model, prepare_trainable, train
 from finetune.minicpmv import MiniCPMV
-from finetune.reporting import parameter_table, plot_history
+from finetune.reporting import RunFiles, parameter_table, plot_history
 
 FINETUNE = ROOT / "finetune"
 DEEPSPEED_FILES = sorted(FINETUNE.glob("ds_config_*.json"))
@@ -65,7 +73,47 @@ def test_lora_flags_reach_peft(given):
     )
     assert problems == []
     assert lora.layers_to_transform == [0, 1] and lora.layer_replication == [(0, 1), (0, 2)]
-    assert lora.modules_to_save == ["resampler", "embed_tokens"] and lora.target_modules == ["q_proj", "v_proj"]
+    assert lora.modules_to_save == ["resampler", "embed_tokens"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("", {f"layers.{n}.self_attn.{p}_proj" for n in (0, 1) for p in "qkvo"}),
+        ("--lora_layers_to_transform 1", {f"layers.1.self_attn.{p}_proj" for p in "qkvo"}),
+        ("--lora_target_modules q_proj", {f"layers.{n}.self_attn.q_proj" for n in (0, 1)}),
+        ("--lora_target_modules q_proj,down_proj --lora_layers_to_transform 0,1 --lora_layers_pattern layers",
+         {f"layers.{n}.{m}_proj" for n in (0, 1) for m in ("self_attn.q", "mlp.down")}),
+        (r"--lora_target_modules vpm\..*layers\.\d+\..*fc1 --lora_layers_to_transform 0", {"layers.0.mlp.fc1"}),
+    ],
+)  # fmt: skip
+def test_which_layers_get_lora(given, flags, expected):
+    (model_args, _, training, lora), problems = given("--use_lora", "true", *flags.split())
+    assert problems == []
+    with torch.device("meta"):
+        model = prepare_trainable(MiniCPMV(load_config(model_args, training)), training, lora)
+    adapted = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
+    assert {name[name.index("layers.") :] for name in adapted} == expected
+    assert all((".vpm." in name) == ("vpm" in flags) for name in adapted)
+
+
+def test_layer_replication(given, tmp_path):
+    """Layers 0, 0, 1 stacked from two, with an adapter for each; the adapter folder loads again."""
+    parsed, problems = given("--use_lora", "true", "--lora_layer_replication", "[[0, 1], [0, 2]]")
+    assert problems == []
+    model = load_model(parsed[0], parsed[2], parsed[3], load_config(parsed[0], parsed[2])).eval()
+    assert len(model.get_base_model().llm.model.layers) == 3
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.02)
+    data = {"input_ids": torch.arange(12)[None]}
+    model.save_pretrained(tmp_path / "adapter")
+    again = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    torch.testing.assert_close(again(data=data).logits, model(data=data).logits)
+    settings = {"do_sample": False, "max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(data=data, use_cache=True, **settings), model.generate(data=data, use_cache=False, **settings)
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +137,8 @@ def test_lora_flags_reach_peft(given):
         ("--model_name_or_path ./nowhere", "there is no such folder"),
         ("--model_max_length 100000", "made for at most"),
         ("--max_slice_nums 0", "expected 1"),
-        ("--warmup_ratio 3", "0 to 1"),
+        ("--warmup_ratio 1", "0 to below 1"),
+        ("--use_lora true --lora_target_modules vpm\\..* --lora_layers_to_transform 1", "needs plain names"),
         ("--remove_unused_columns true", "leave it false"),
         ("--resume_from_checkpoint nowhere", "is no checkpoint folder"),
         ("--image_folder nowhere", "no such folder"),
@@ -135,6 +184,46 @@ def test_scheduler_block_is_refused(given, tmp_path):
     (tmp_path / "ds.json").write_text(json.dumps(config))
     _, problems = given("--deepspeed", tmp_path / "ds.json")
     assert len(problems) == 1 and '"scheduler"' in problems[0]
+
+
+def test_zero3_that_would_save_nothing_is_refused(given, tmp_path):
+    """The original FAQ's stage 3 block, as it stands there."""
+    offload = {"device": "cpu", "pin_memory": True}
+    block = {"zero_optimization": {"stage": 3, "offload_optimizer": offload, "offload_param": offload}}
+    (tmp_path / "ds.json").write_text(json.dumps(block))
+    _, problems = given("--deepspeed", tmp_path / "ds.json")
+    assert len(problems) == 1 and "stage3_gather_16bit_weights_on_model_save" in problems[0]
+
+
+def test_missing_output_dir(tiny, data_file):
+    parsed = parse_arguments(["--model_name_or_path", str(tiny["llama3"]), "--data_path", str(data_file)])
+    assert any("--output_dir is missing" in p for p in check_arguments(*parsed, load_config(parsed[0], parsed[2])))
+
+
+def test_incomplete_checkpoint_is_passed_over(given, tmp_path):
+    for step, complete in ((3, True), (9, False)):
+        folder = tmp_path / "out" / f"checkpoint-{step}"
+        folder.mkdir(parents=True)
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    (_, _, training, _), _ = given("--resume_from_checkpoint", "true")
+    assert Path(checkpoint_to_resume(training)).name == "checkpoint-3"
+
+
+def test_overwriting_sets_earlier_checkpoints_aside(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    set_checkpoints_aside(tmp_path)
+    assert [path.parent.parent for path in tmp_path.rglob("trainer_state.json")] == list(tmp_path.glob("earlier-*"))
+
+
+def test_a_loss_that_is_no_number_stops_the_run():
+    callback = RunFiles({})
+    state = TrainerState(global_step=7)
+    callback.on_log(None, state, None, logs={"loss": 1.0})
+    for loss in (float("nan"), float("inf")):
+        with pytest.raises(arguments_module.UserError, match="step 7"):
+            callback.on_log(None, state, None, logs={"loss": loss})
 
 
 def test_earlier_run_is_not_overwritten(given, tmp_path):

@@ -278,6 +278,19 @@ def test_exif_rotation(tmp_path):
     assert load_image(str(tmp_path / "turned.jpg")).size == (20, 40)
 
 
+def test_size_from_the_header_is_upright(llm_type, tokenizer, tmp_path):
+    """A tall photo stored lying: the start-up check must count the slices that training will make."""
+    image = Image.new("RGB", (1600, 500), "red")
+    exif = image.getexif()
+    exif[274] = 8
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    samples = [sample("q", "a", image=str(tmp_path / "turned.jpg"))]
+    item = make_dataset(samples, tokenizer, llm_type)[0]
+    dataset = make_dataset(samples, tokenizer, llm_type, max_length=5)
+    assert f"has {len(item['input_ids'])} tokens" in find_problems(dataset, "t.json")[0]
+    assert item["tgt_sizes"][1, 0] > item["tgt_sizes"][1, 1]
+
+
 def test_relative_paths(tmp_path, monkeypatch):
     (tmp_path / "data").mkdir()
     Image.new("RGB", (10, 10)).save(tmp_path / "data" / "a.png")
@@ -307,7 +320,7 @@ def test_malformed_files(tmp_path, text, message):
     assert str(path) in str(caught.value)
 
 
-def test_all_problems_are_reported_together(llm_type, tmp_path):
+def test_all_problems_are_reported_together(llm_type, tokenizer, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     samples = [
@@ -324,7 +337,8 @@ def test_all_problems_are_reported_together(llm_type, tmp_path):
         sample("q", "a", image=3),
         sample("q", "a", image=[["good.png"]]),
     ]
-    problems = find_problems(samples, "train.json", llm_type, tmp_path)
+    dataset = SupervisedDataset(samples, build_transform(), tokenizer, None, llm_type, image_folder=tmp_path)
+    problems = find_problems(dataset, "train.json")
     causes = [
         "'conversations' is missing",
         "does not exist",
@@ -342,6 +356,23 @@ def test_all_problems_are_reported_together(llm_type, tmp_path):
     for number, (problem, cause) in enumerate(zip(problems, causes, strict=True), start=1):
         assert problem.startswith(f"train.json: sample {number} (id ") and cause in problem
     assert report_problems(["x"] * 25).endswith("... and 5 more")
+
+
+def test_lost_answers_are_found_before_training(llm_type, tokenizer, golden):
+    """The start-up check, which decodes nothing, names exactly the samples that would fail later."""
+    samples = load_samples(GOLDEN_DATA / "samples.json")
+    dataset = make_dataset(samples, tokenizer, llm_type, query_nums=golden["query_num"])
+    items = [dataset[number] for number in range(6)]
+    for limit in range(1, 220, 3):
+        dataset.max_length = limit
+        problems = find_problems(dataset, "samples.json")
+        failures = []
+        for number in range(6):
+            try:
+                truncate(items[number], limit)
+            except ValueError as error:
+                failures.append(f"samples.json: {error}".replace(f"(id '{number}') has", f"(id '{number}'): has"))
+        assert problems == failures, limit
 
 
 def test_system_turn():

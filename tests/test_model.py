@@ -200,6 +200,39 @@ def test_chat(model, llm_type):
         model.chat(picture, question, tokenizer, max_inp_length=10)
 
 
+def test_chat_sees_pictures_as_training_does(model, llm_type, tmp_path):
+    """Turned by EXIF, from files of any mode, in front of a question given as a list."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN[llm_type])
+    lying = Image.new("RGB", (300, 150), "red")
+    exif = lying.getexif()
+    exif[274] = 6
+    lying.save(tmp_path / "turned.jpg", exif=exif)
+    seen = []
+    encode = model.get_vision_embedding
+    model.get_vision_embedding = lambda *call: seen.append([tuple(p.shape[1:]) for p in call[0]]) or encode(*call)
+    settings = {"sampling": False, "num_beams": 1, "max_new_tokens": 1, "max_slice_nums": 1}
+    question = [{"role": "user", "content": "What?"}]
+    model.chat(lying.rotate(270, expand=True), question, tokenizer, **settings)
+    with Image.open(tmp_path / "turned.jpg") as turned:
+        model.chat(turned, question, tokenizer, **settings)
+        model.chat(turned, [{"role": "user", "content": ["What?"]}], tokenizer, **settings)
+    model.chat(
+        None,
+        [{"role": "user", "content": [lying.convert("LA").rotate(90, expand=True), "What?"]}],
+        tokenizer,
+        **settings,
+    )
+    assert len(seen) == 4 and len({tuple(shapes) for shapes in seen}) == 1
+    assert seen[0][0][0] > seen[0][0][1]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_stream_ends_when_generation_fails(model, llm_type):
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN[llm_type])
+    model.generate = lambda *call, **settings: (_ for _ in ()).throw(RuntimeError("out of memory"))
+    assert list(model.chat(None, [{"role": "user", "content": "hello"}], tokenizer, stream=True)) in ([], [""])
+
+
 def test_loading_bin_and_shards(llm_type, tmp_path, model):
     """Checkpoints come as safetensors or .bin, whole or in shards."""
     weights = load_file(GOLDEN[llm_type] / "model.safetensors")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +16,13 @@ import pytest
 import torch
 from conftest import LLM_TYPES, ROOT, launch, losses, same_tensors
 from peft import AutoPeftModelForCausalLM
+from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
+from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_finetuned
+from finetune.trainer import CPMTrainer
 
 STEPS = 4
 RUNS = {
@@ -27,6 +31,7 @@ RUNS = {
     "lora-llama3-2-zero2": ("llama3", "lora", 2, "ds_config_zero2.json"),
     "lora-llama3-2-zero3": ("llama3", "lora", 2, "ds_config_zero3.json"),
     "lora-minicpm-1-zero2": ("minicpm", "lora", 1, "ds_config_zero2.json"),
+    "lora-llama3-1-zero0": ("llama3", "lora", 1, "ds_config_zero0.json"),
     "lora-minicpm-2-zero3": ("minicpm", "lora", 2, "ds_config_zero3_offload.json"),
     "full-llama3-2-zero3": ("llama3", "full", 2, "ds_config_zero3.json"),
     "full-llama3-1-plain": ("llama3", "full", 1, ""),
@@ -44,6 +49,10 @@ def run(tiny, data_file, tmp_path_factory):
         if name not in done:
             llm_type, method, processes, deepspeed = RUNS[name]
             folder = tmp_path_factory.mktemp(name)
+            if deepspeed == "ds_config_zero0.json":  # a user's own file
+                own = json.loads((ROOT / "finetune" / "ds_config_zero2.json").read_text())
+                deepspeed = folder.parent / deepspeed
+                deepspeed.write_text(json.dumps({**own, "zero_optimization": {"stage": 0}}))
             flags = ["--lora_r", 8, "--lora_dropout", 0] if method == "lora" else []
             launch(
                 f"finetune_{'lora' if method == 'lora' else 'ds'}.sh",
@@ -52,7 +61,7 @@ def run(tiny, data_file, tmp_path_factory):
                 *("--eval_steps", 4, *flags),
                 MODEL=tiny[llm_type],
                 DATA=data_file,
-                EVAL_DATA=data_file if name == "lora-llama3-1-plain" else "",
+                EVAL_DATA=data_file,
                 OUTPUT_DIR=folder,
                 GPUS_PER_NODE=processes,
                 DS_CONFIG=deepspeed,
@@ -144,49 +153,46 @@ def test_one_process_equals_two_and_every_zero_stage(run):
     """The global batch is the same: so are losses, step by step, and weights."""
     reference = run("lora-llama3-1-plain")
     weights = load_file(reference / "adapter_model.safetensors")
-    for name in ("lora-llama3-2-plain", "lora-llama3-2-zero2", "lora-llama3-2-zero3"):
+    for name in ("lora-llama3-2-plain", "lora-llama3-2-zero2", "lora-llama3-2-zero3", "lora-llama3-1-zero0"):
         assert losses(run(name)) == pytest.approx(losses(reference), rel=2e-4), name
         for key, tensor in load_file(run(name) / "adapter_model.safetensors").items():
             torch.testing.assert_close(tensor, weights[key], atol=1e-3, rtol=0, msg=f"{name} {key}")
     assert losses(run("full-llama3-2-zero3")) == pytest.approx(losses(run("full-llama3-1-plain")), rel=2e-4)
 
 
-def test_saved_logits_equal_those_of_the_running_model(run, data_file, tmp_path):
-    """The evaluation loss after the last step, computed by the running model, is that of the reloaded one."""
-    from functools import partial
-
-    from transformers import TrainingArguments
-
-    from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
-    from finetune.trainer import CPMTrainer
-
-    folder = run("lora-llama3-1-plain")
-    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    running = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+def reloaded_eval_loss(folder: Path, data_file: Path, tmp_path: Path, batch: int = 1) -> float:
     model, tokenizer = load_finetuned(folder)
-    config = model.get_base_model().config
+    config = getattr(model, "base_model", model).config
     dataset = SupervisedDataset(
         load_samples(data_file),
         build_transform(),
         tokenizer,
         config.slicing,
-        llm_type="llama3",
+        llm_type=config.llm_type,
         query_nums=config.query_num,
-        batch_vision=True,
+        batch_vision=config.llm_type == "llama3",
         image_folder=data_file.parent,
     )
     arguments = TrainingArguments(
-        str(tmp_path), per_device_eval_batch_size=1, report_to="none", remove_unused_columns=False, use_cpu=True
+        str(tmp_path), per_device_eval_batch_size=batch, report_to="none", remove_unused_columns=False, use_cpu=True
     )
-    trainer = CPMTrainer(model=model, args=arguments, eval_dataset=dataset, data_collator=partial(data_collator))
-    assert trainer.evaluate()["eval_loss"] == pytest.approx(running, abs=1e-6)
+    trainer = CPMTrainer(model=model, args=arguments, eval_dataset=dataset, data_collator=data_collator)
+    return trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_saved_logits_equal_those_of_the_running_model(name, run, data_file, tmp_path):
+    """The evaluation loss after the last step, computed by the running model, is that of the reloaded one."""
+    folder = run(name)
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    running = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+    # two processes with one sample each weigh tokens as one process with two
+    assert reloaded_eval_loss(folder, data_file, tmp_path, batch=RUNS[name][2]) == pytest.approx(running, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ["lora-llama3-1-plain", "lora-llama3-2-zero3", "full-minicpm-2-zero2"])
 def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
     """A run stopped after step 2 and continued takes the steps that the unbroken run took."""
-    import shutil
-
     llm_type, method, processes, deepspeed = RUNS[name]
     folder = tmp_path / "resumed"
     shutil.copytree(run(name), folder)
@@ -217,8 +223,6 @@ def test_adapter_snippet_of_the_readme(run, tmp_path):
     """The README's lines, verbatim, in a fresh process that starts at the repository root."""
     snippet = re.search(r"<!-- adapter snippet -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     folder, picture = run("lora-llama3-2-zero2"), tmp_path / "picture.jpg"
-    from PIL import Image
-
     Image.new("RGB", (120, 80), "red").save(picture)
     program = snippet.replace("path/to/adapter", str(folder)).replace("path/to/picture.jpg", str(picture))
     program += "\nassert msg.unexpected_keys == [], msg.unexpected_keys\n"
@@ -262,12 +266,14 @@ def test_switches_and_continued_adapter(run, tiny, data_file, tmp_path):
         "finetune_lora.sh",
         *("--tune_vision", "false", "--tune_embed_tokens", "false", "--lora_weight_path", first),
         *("--max_slice_nums", 2, "--max_steps", 2, "--logging_steps", 1, "--dataloader_num_workers", 1),
-        *("--evaluation_strategy", "no", "--logging_dir", tmp_path / "events", "--batch_size", 2),
+        *("--evaluation_strategy", "steps", "--eval_steps", 2, "--logging_dir", tmp_path / "events", "--batch_size", 2),
         *("--learning_rate", 1e-3, "--save_strategy", "no"),
         MODEL=tiny["llama3"],
         DATA=data_file,
+        EVAL_DATA=data_file,
         OUTPUT_DIR=tmp_path / "out",
-        DS_CONFIG="",
+        GPUS_PER_NODE=2,
+        DS_CONFIG="ds_config_zero3.json",
         cwd=tmp_path,
     )
     assert list((tmp_path / "events").glob("events.out.tfevents*"))
@@ -277,8 +283,16 @@ def test_switches_and_continued_adapter(run, tiny, data_file, tmp_path):
     assert all(0 < (after[name] - before[name]).abs().max() < 0.01 for name in after if "lora_B" in name)
     settings = json.loads((tmp_path / "out" / "training_settings.json").read_text())
     assert settings["resolved"]["slicing"]["max_slice_nums"] == 2
+    # What the first run trained and this one kept frozen is in the new folder too: it is complete.
     extra = torch.load(tmp_path / "out" / EXTRA_WEIGHTS_NAME, weights_only=True)
-    assert {name.split(".")[2] for name in extra} == {"resampler"}
+    old = torch.load(first / EXTRA_WEIGHTS_NAME, weights_only=True)
+    changed = set(extra) - set(same_tensors(extra, old))
+    assert set(extra) == set(old) and {name.split(".")[2] for name in changed} == {"resampler"}
+    model, _ = load_finetuned(tmp_path / "out")
+    assert model.get_base_model().config.slicing["max_slice_nums"] == 2
+    history = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    running = [entry["eval_loss"] for entry in history if "eval_loss" in entry][-1]
+    assert reloaded_eval_loss(tmp_path / "out", data_file, tmp_path, batch=2) == pytest.approx(running, rel=1e-6)
 
 
 def test_lora_modules_to_save_and_layers(tiny, data_file, tmp_path):
@@ -286,7 +300,7 @@ def test_lora_modules_to_save_and_layers(tiny, data_file, tmp_path):
         "finetune_lora.sh",
         *("--lora_modules_to_save", "resampler", "--lora_target_modules", "q_proj,gate_proj", "--lora_bias", "all"),
         *("--lora_layers_to_transform", 1, "--lora_layers_pattern", "layers", "--max_steps", 1),
-        *("--save_strategy", "no", "--tune_vision", "false", "--dataloader_num_workers", 0),
+        *("--save_strategy", "no", "--tune_vision", "false", "--dataloader_num_workers", 0, "--warmup_ratio", 0),
         MODEL=tiny["llama3"],
         DATA=data_file,
         OUTPUT_DIR=tmp_path,
@@ -297,6 +311,8 @@ def test_lora_modules_to_save_and_layers(tiny, data_file, tmp_path):
     assert all("layers.1." in name and ("q_proj" in name or "gate_proj" in name) for name in lora) and lora
     assert any("resampler.query" in name for name in adapter)
     extra = torch.load(tmp_path / EXTRA_WEIGHTS_NAME, weights_only=True)
+    vision = [name for name in extra if ".vpm." in name]
+    assert vision and all(name.endswith("bias") for name in vision)
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert model.load_state_dict(extra, strict=False).unexpected_keys == []
     assert not [name for name in extra if "original_module" in name]

@@ -117,6 +117,13 @@ class MiniCPMVConfig(PreTrainedConfig):
             "patch_size": nested.get("patch_size") or self.patch_size,
         }
 
+    def set_max_slice_nums(self, most: int) -> None:
+        """Most slices of a picture beside its overview, where each model's configuration keeps it."""
+        if self.slice_config is not None:
+            self.slice_config = {**self.slice_config, "max_slice_nums": most}
+        else:
+            self.max_slice_nums = most
+
     def _shared_llm_fields(self) -> dict:
         fields = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "

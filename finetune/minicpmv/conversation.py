@@ -58,21 +58,18 @@ def encode(
     check_roles(messages, llm_type)
     slicing = slicing_of(slice_config, patch_size)
     as_strips = llm_type == "llama3" if as_strips is None else as_strips
-    pixel_values, sizes, turns = [], [], []
-    for role, parts in place_pictures(messages, images):
-        text = ""
-        for part in parts:
-            if isinstance(part, str):
-                text += part
-                continue
-            pictures, grid = slice_image(part, **slicing)
-            text += placeholder(grid, query_num)
-            for picture in pictures:
-                pixels = transform(picture)
-                strip, size = to_strip(pixels, slicing["patch_size"])
-                pixel_values.append(strip if as_strips else pixels)
-                sizes.append(size)
-        turns.append((role, text))
+    pixel_values, sizes = [], []
+
+    def take(image: Image.Image) -> str:
+        pictures, grid = slice_image(image, **slicing)
+        for picture in pictures:
+            pixels = transform(picture)
+            strip, size = to_strip(pixels, slicing["patch_size"])
+            pixel_values.append(strip if as_strips else pixels)
+            sizes.append(size)
+        return placeholder(grid, query_num)
+
+    turns = text_turns(messages, images, take)
     input_ids, labels = encode_text(turns, tokenizer, llm_type, generation_prompt)
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -147,13 +144,21 @@ def place_pictures(
                 parts += [content[end : match.start()], waiting[match[0]] if named else waiting.pop(0)]
                 end = match.end()
             parts.append(content[end:])
-        elif role == "user" and in_front:
-            parts = [part for image in (waiting.values() if named else waiting) for part in (image, "\n")] + [content]
-            in_front = False
         else:
             parts = [content]
+        if role == "user" and in_front:
+            parts = [part for image in (waiting.values() if named else waiting) for part in (image, "\n")] + parts
+            in_front = False
         placed.append((role, parts))
     return placed
+
+
+def text_turns(messages: Sequence[Mapping], images, describe: Callable) -> list[tuple[str, str]]:
+    """(role, text) of every message, each picture replaced by `describe(picture)`, in reading order."""
+    return [
+        (role, "".join(part if isinstance(part, str) else describe(part) for part in parts))
+        for role, parts in place_pictures(messages, images)
+    ]
 
 
 def encode_text(

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 MEAN, STD = 0.5, 0.5  # per channel, on pixel values in 0..1
 
@@ -91,6 +91,11 @@ def placeholder(grid: tuple[int, int] | None, query_num: int) -> str:
         return one
     columns, rows = grid
     return one + "<slice>" + "\n".join([one * columns] * rows) + "</slice>"
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a person sees it: turned as its EXIF data says, in RGB."""
+    return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def to_pixels(image: Image.Image) -> torch.Tensor:

@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_minicpm import MiniCPMVConfig
 from .conversation import encode
+from .image_slicing import upright_rgb
 from .resampler import Resampler
 from .vision import StripVisionTransformer, TimmVisionTower, length_mask, pad_strips, to_strip
 
@@ -274,7 +275,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
 
         Args:
             image: PIL picture, a list of them, or None.
-            msgs: messages `{"role", "content"}`, the last from the user, or the same as JSON.
+            msgs: messages `{"role", "content"}`, the last from the user, or the same as JSON; a content may also be
+                a list of texts and pictures.
             system_prompt: a system message in front (2.5 only).
             sampling: top-p sampling with the original's settings; False: beam search with 3 beams.
             max_inp_length: longest prompt, in tokens.
@@ -294,12 +296,16 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         if not msgs or msgs[-1]["role"] != "user":
             raise ValueError("msgs must end with a user message; there is nothing to answer")
         images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
+        images = [upright_rgb(picture) for picture in images]
+        for message in msgs:
+            if not isinstance(message["content"], str):
+                message["content"] = [p if isinstance(p, str) else upright_rgb(p) for p in message["content"]]
         slicing = self.config.slicing
         if max_slice_nums is not None:
             slicing["max_slice_nums"] = max_slice_nums
         sample = encode(
             msgs,
-            [picture.convert("RGB") for picture in images],
+            images,
             tokenizer,
             self.config.llm_type,
             self.config.query_num,
@@ -339,8 +345,21 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
         # Beam search cannot stream.
         settings.update(streamer=streamer, num_beams=1)
-        Thread(target=self.generate, args=(inputs,), kwargs=settings, daemon=True).start()
+
+        def run() -> None:
+            try:
+                self.generate(inputs, **settings)
+            except BaseException:
+                streamer.end()  # or the reader waits for ever
+                raise
+
+        Thread(target=run, daemon=True).start()
         return iter(streamer)
+
+    @property
+    def model(self) -> nn.Module:
+        """The language model: peft looks here for the layers that `layer_replication` stacks anew."""
+        return self.llm
 
 
 MiniCPMV.register_for_auto_class("AutoModelForCausalLM")
