@@ -40,6 +40,29 @@ RUNS = {
 }
 
 
+def train(name: str, folder: Path, tiny: dict[str, Path], data_file: Path, *flags: object, **variables: object) -> None:
+    """The run of this name, into `folder`."""
+    llm_type, method, processes, deepspeed = RUNS[name]
+    if deepspeed == "ds_config_zero0.json":  # a user's own file
+        own = json.loads((ROOT / "finetune" / "ds_config_zero2.json").read_text())
+        deepspeed = folder.parent / deepspeed
+        deepspeed.write_text(json.dumps({**own, "zero_optimization": {"stage": 0}}))
+    launch(
+        "finetune_lora.sh" if method == "lora" else "finetune_ds.sh",
+        *("--batch_size", 4 // processes, "--max_steps", STEPS, "--logging_steps", 1, "--learning_rate", 1e-3),
+        *("--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--dataloader_num_workers", 0),
+        *(("--lora_r", 8, "--lora_dropout", 0) if method == "lora" else ()),
+        *flags,
+        MODEL=tiny[llm_type],
+        DATA=data_file,
+        OUTPUT_DIR=folder,
+        GPUS_PER_NODE=processes,
+        DS_CONFIG=deepspeed,
+        SAVE_STEPS=2,
+        **variables,
+    )
+
+
 @pytest.fixture(scope="session")
 def run(tiny, data_file, tmp_path_factory):
     """Runs by name, made on first use: 4 steps of 4 samples over all processes, in float32, a checkpoint at step 2."""
@@ -47,27 +70,8 @@ def run(tiny, data_file, tmp_path_factory):
 
     def make(name: str) -> Path:
         if name not in done:
-            llm_type, method, processes, deepspeed = RUNS[name]
-            folder = tmp_path_factory.mktemp(name)
-            if deepspeed == "ds_config_zero0.json":  # a user's own file
-                own = json.loads((ROOT / "finetune" / "ds_config_zero2.json").read_text())
-                deepspeed = folder.parent / deepspeed
-                deepspeed.write_text(json.dumps({**own, "zero_optimization": {"stage": 0}}))
-            flags = ["--lora_r", 8, "--lora_dropout", 0] if method == "lora" else []
-            launch(
-                f"finetune_{'lora' if method == 'lora' else 'ds'}.sh",
-                *("--batch_size", 4 // processes, "--max_steps", STEPS, "--logging_steps", 1, "--learning_rate", 1e-3),
-                *("--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--dataloader_num_workers", 0),
-                *("--eval_steps", 4, *flags),
-                MODEL=tiny[llm_type],
-                DATA=data_file,
-                EVAL_DATA=data_file,
-                OUTPUT_DIR=folder,
-                GPUS_PER_NODE=processes,
-                DS_CONFIG=deepspeed,
-                SAVE_STEPS=2,
-            )
-            done[name] = folder
+            done[name] = tmp_path_factory.mktemp(name)
+            train(name, done[name], tiny, data_file, "--eval_steps", STEPS, EVAL_DATA=data_file)
         return done[name]
 
     return make
@@ -105,7 +109,8 @@ def test_files_and_history(each):
     assert len(losses(folder)) == STEPS and losses(folder)[-1] < losses(folder)[0]
     assert list(folder.glob("runs/*/events.out.tfevents*"))
     entry = next(e for e in json.loads((folder / "trainer_state.json").read_text())["log_history"] if "loss" in e)
-    assert {"grad_norm", "learning_rate"} <= set(entry)
+    norm = set() if "zero0" in folder.name else {"grad_norm"}  # DeepSpeed reports none at stage 0 in float32
+    assert norm | {"learning_rate"} <= set(entry)
     settings = json.loads((folder / "training_settings.json").read_text())
     assert settings["resolved"]["slicing"]["max_slice_nums"] == 9
     assert settings["arguments"]["training"]["max_steps"] == STEPS
@@ -193,28 +198,15 @@ def test_saved_logits_equal_those_of_the_running_model(name, run, data_file, tmp
 @pytest.mark.parametrize("name", ["lora-llama3-1-plain", "lora-llama3-2-zero3", "full-minicpm-2-zero2"])
 def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
     """A run stopped after step 2 and continued takes the steps that the unbroken run took."""
-    llm_type, method, processes, deepspeed = RUNS[name]
     folder = tmp_path / "resumed"
     shutil.copytree(run(name), folder)
     shutil.rmtree(folder / "checkpoint-4")
     for file in folder.iterdir():
         if file.is_file():
             file.unlink()
-    flags = ["--lora_r", 8, "--lora_dropout", 0] if method == "lora" else []
-    launch(
-        f"finetune_{'lora' if method == 'lora' else 'ds'}.sh",
-        *("--batch_size", 4 // processes, "--max_steps", STEPS, "--logging_steps", 1, "--learning_rate", 1e-3),
-        *("--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--dataloader_num_workers", 0, *flags),
-        *("--resume_from_checkpoint", "true"),
-        MODEL=tiny[llm_type],
-        DATA=data_file,
-        OUTPUT_DIR=folder,
-        GPUS_PER_NODE=processes,
-        DS_CONFIG=deepspeed,
-        SAVE_STEPS=2,
-    )
+    train(name, folder, tiny, data_file, "--resume_from_checkpoint", "true")
     assert losses(folder) == pytest.approx(losses(run(name)), rel=1e-5)
-    file = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+    file = "adapter_model.safetensors" if RUNS[name][1] == "lora" else "model.safetensors"
     for key, tensor in load_file(folder / file).items():
         torch.testing.assert_close(tensor, load_file(run(name) / file)[key], atol=1e-6, rtol=1e-4, msg=key)
 
