@@ -44,7 +44,9 @@ ORIGINAL_FLAGS = (
 @pytest.fixture
 def given(tiny, data_file, tmp_path, monkeypatch):
     """Checks a command line on the 2.5 checkpoint; flags given later win."""
-    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR", raising=False)
+    # set, then deleted: so that what --logging_dir sets is taken back after the test
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", "")
+    monkeypatch.delenv("TENSORBOARD_LOGGING_DIR")
 
     def check(*flags):
         needed = ["--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", tmp_path / "out"]
