@@ -7,13 +7,15 @@ else
   PYTHON="$(command -v python || command -v python3)" || { echo "$0: no python found" >&2; exit 1; }
 fi
 
-VISIBLE_GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" || exit 1
-if [ "$VISIBLE_GPUS" -eq 0 ]; then
-  echo "$0: no GPU found, training on the CPU" >&2
-  export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
-  VISIBLE_GPUS=1
+if [ -z "$GPUS_PER_NODE" ] || [ -z "${DS_ACCELERATOR:-}" ]; then # asking takes seconds, so only where it matters
+  VISIBLE_GPUS="$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')" || exit 1
+  if [ "$VISIBLE_GPUS" -eq 0 ]; then
+    echo "$0: no GPU found, training on the CPU" >&2
+    export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"
+    VISIBLE_GPUS=1
+  fi
+  GPUS_PER_NODE="${GPUS_PER_NODE:-$VISIBLE_GPUS}"
 fi
-GPUS_PER_NODE="${GPUS_PER_NODE:-$VISIBLE_GPUS}"
 
 if [ "$NNODES" -eq 1 ] && [ -z "$MASTER_PORT" ]; then
   RENDEZVOUS="--standalone" # a free port is found

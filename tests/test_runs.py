@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
 from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
+from finetune.finetune import train as finetune
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_finetuned
 from finetune.trainer import CPMTrainer
 
@@ -288,15 +289,11 @@ def test_switches_and_continued_adapter(run, tiny, data_file, tmp_path):
 
 
 def test_lora_modules_to_save_and_layers(tiny, data_file, tmp_path):
-    launch(
-        "finetune_lora.sh",
-        *("--lora_modules_to_save", "resampler", "--lora_target_modules", "q_proj,gate_proj", "--lora_bias", "all"),
-        *("--lora_layers_to_transform", 1, "--lora_layers_pattern", "layers", "--max_steps", 1),
-        *("--save_strategy", "no", "--tune_vision", "false", "--dataloader_num_workers", 0, "--warmup_ratio", 0),
-        MODEL=tiny["llama3"],
-        DATA=data_file,
-        OUTPUT_DIR=tmp_path,
-        DS_CONFIG="",
+    finetune(
+        f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path} --use_lora true "
+        "--lora_modules_to_save resampler --lora_target_modules q_proj,gate_proj --lora_bias all "
+        "--lora_layers_to_transform 1 --lora_layers_pattern layers --tune_vision false --max_steps 1 "
+        "--save_strategy no --report_to none".split()
     )
     adapter = load_file(tmp_path / "adapter_model.safetensors")
     lora = [name for name in adapter if ".lora_" in name]
