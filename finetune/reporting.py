@@ -109,7 +109,8 @@ def plot_history(history: list[dict], path: Path) -> None:
             axis.plot(*zip(*points, strict=True), style, label=label, linewidth=1.2, markersize=4)
     axes[0].set_ylabel("loss per supervised token")
     axes[0].set_yscale("log")  # the first steps would flatten all others
-    axes[0].legend()
+    if axes[0].lines:
+        axes[0].legend()
     axes[1].set_ylabel("learning rate")
     axes[2].set_ylabel("gradient norm")
     axes[2].set_xlabel("optimizer step")
