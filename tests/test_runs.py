@@ -64,6 +64,15 @@ def train(name: str, folder: Path, tiny: dict[str, Path], data_file: Path, *flag
     )
 
 
+# Left to `pytest -m slow`, for the time they take: further corners of the same table.
+SLOW = {"lora-llama3-2-zero3", "lora-llama3-1-zero0", "lora-minicpm-1-zero2", "full-minicpm-2-zero3"}
+
+
+def named(*names: str) -> list:
+    """Parameters of these runs, the slow ones marked."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+
+
 @pytest.fixture(scope="session")
 def run(tiny, data_file, tmp_path_factory):
     """Runs by name, made on first use: 4 steps of 4 samples over all processes, in float32, a checkpoint at step 2."""
@@ -78,7 +87,7 @@ def run(tiny, data_file, tmp_path_factory):
     return make
 
 
-@pytest.fixture(params=RUNS)
+@pytest.fixture(params=named(*RUNS))
 def each(request, run) -> tuple[Path, str, str]:
     """(folder, llm_type, method) of every run."""
     llm_type, method, _, _ = RUNS[request.param]
@@ -155,15 +164,24 @@ def test_reloaded_model_is_the_trained_one(each, tiny):
         assert config["base_model_name_or_path"] == str(tiny[llm_type].resolve())
 
 
-def test_one_process_equals_two_and_every_zero_stage(run):
+@pytest.mark.parametrize(
+    "name",
+    named(
+        "lora-llama3-2-plain",
+        "lora-llama3-2-zero2",
+        "lora-llama3-2-zero3",
+        "lora-llama3-1-zero0",
+        "full-llama3-2-zero3",
+    ),
+)
+def test_one_process_equals_two_and_every_zero_stage(name, run):
     """The global batch is the same: so are losses, step by step, and weights."""
-    reference = run("lora-llama3-1-plain")
-    weights = load_file(reference / "adapter_model.safetensors")
-    for name in ("lora-llama3-2-plain", "lora-llama3-2-zero2", "lora-llama3-2-zero3", "lora-llama3-1-zero0"):
-        assert losses(run(name)) == pytest.approx(losses(reference), rel=2e-4), name
+    reference = run(f"{RUNS[name][1]}-llama3-1-plain")
+    assert losses(run(name)) == pytest.approx(losses(reference), rel=2e-4)
+    if RUNS[name][1] == "lora":  # in full runs Adam turns key biases' rounding noise into steps of full size
+        weights = load_file(reference / "adapter_model.safetensors")
         for key, tensor in load_file(run(name) / "adapter_model.safetensors").items():
-            torch.testing.assert_close(tensor, weights[key], atol=1e-3, rtol=0, msg=f"{name} {key}")
-    assert losses(run("full-llama3-2-zero3")) == pytest.approx(losses(run("full-llama3-1-plain")), rel=2e-4)
+            torch.testing.assert_close(tensor, weights[key], atol=1e-3, rtol=0, msg=key)
 
 
 def reloaded_eval_loss(folder: Path, data_file: Path, tmp_path: Path, batch: int = 1) -> float:
@@ -186,7 +204,7 @@ def reloaded_eval_loss(folder: Path, data_file: Path, tmp_path: Path, batch: int
     return trainer.evaluate()["eval_loss"]
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", named(*RUNS))
 def test_saved_logits_equal_those_of_the_running_model(name, run, data_file, tmp_path):
     """The evaluation loss after the last step, computed by the running model, is that of the reloaded one."""
     folder = run(name)
@@ -196,7 +214,7 @@ def test_saved_logits_equal_those_of_the_running_model(name, run, data_file, tmp
     assert reloaded_eval_loss(folder, data_file, tmp_path, batch=RUNS[name][2]) == pytest.approx(running, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["lora-llama3-1-plain", "lora-llama3-2-zero3", "full-minicpm-2-zero2"])
+@pytest.mark.parametrize("name", named("lora-llama3-1-plain", "lora-llama3-2-zero3", "full-minicpm-2-zero2"))
 def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
     """A run stopped after step 2 and continued takes the steps that the unbroken run took."""
     folder = tmp_path / "resumed"
@@ -228,7 +246,7 @@ def test_adapter_snippet_without_the_toolkit(run, tmp_path):
     program = f"""
 import sys, torch
 from peft import AutoPeftModelForCausalLM
-folder = {str(run("lora-minicpm-1-zero2"))!r}
+folder = {str(run("lora-minicpm-2-zero3"))!r}
 model = AutoPeftModelForCausalLM.from_pretrained(folder, device_map="auto", trust_remote_code=True).eval()
 msg = model.load_state_dict(torch.load(f"{{folder}}/vpm_resampler_embedtokens.pt"), strict=False)
 assert msg.unexpected_keys == [] and "finetune" not in sys.modules
@@ -236,7 +254,7 @@ torch.save(model(data={{"input_ids": torch.arange(9)[None]}}).logits, "logits.pt
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    model, _ = load_finetuned(run("lora-minicpm-1-zero2"))
+    model, _ = load_finetuned(run("lora-minicpm-2-zero3"))
     torch.testing.assert_close(
         torch.load(tmp_path / "logits.pt"), model(data={"input_ids": torch.arange(9)[None]}).logits, atol=1e-6, rtol=0
     )
@@ -244,7 +262,7 @@ torch.save(model(data={{"input_ids": torch.arange(9)[None]}}).logits, "logits.pt
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
 def test_full_checkpoint_answers(llm_type, run):
-    folder = run("full-llama3-1-plain" if llm_type == "llama3" else "full-minicpm-2-zero3")
+    folder = run("full-llama3-1-plain" if llm_type == "llama3" else "full-minicpm-2-zero2")
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     assert isinstance(
