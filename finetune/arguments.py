@@ -18,8 +18,10 @@ from transformers import AutoConfig, HfArgumentParser
 from finetune.loading import EXTRA_WEIGHTS_NAME
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 
-LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 logger = logging.getLogger("finetune")
+
+TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
+LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
 
 
@@ -302,7 +304,7 @@ def check_arguments(
     if data.image_folder and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: there is no such folder")
     if training.eval_strategy != "no" and not data.eval_data_path:
-        problems.append(f"--eval_strategy {_value(training.eval_strategy)} needs --eval_data_path")
+        problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     if training.remove_unused_columns:
         problems.append("--remove_unused_columns true would empty every batch; leave it false")
     if training.model_max_length < 1:
@@ -313,10 +315,7 @@ def check_arguments(
         problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to below 1")
     if training.n_gpu > 1:
         problems.append("several GPUs but one process: start with torchrun, as finetune_ds.sh and finetune_lora.sh do")
-    problems += _lora_problems(training, lora)
-    trained = training.use_lora or training.tune_llm or training.tune_vision or training.tune_resampler
-    if not trained:
-        problems.append("nothing would be trained: set --tune_vision, --tune_llm, --tune_resampler or --use_lora true")
+    problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
     starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
     if starts_anew and training.output_dir and (last := _last_checkpoint(training.output_dir)):
@@ -332,14 +331,15 @@ def check_arguments(
     return problems
 
 
-TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
-
-
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     """Folder that `--resume_from_checkpoint` means: the one named, or for `true` the newest; None: start anew."""
-    if training.resume_from_checkpoint in TRUE:
-        return _last_checkpoint(training.output_dir)
-    return None if training.resume_from_checkpoint in (None, "", *FALSE) else training.resume_from_checkpoint
+    resume = training.resume_from_checkpoint
+    if resume not in TRUE:
+        return None if resume in (None, "", *FALSE) else resume
+    newest = _last_checkpoint(training.output_dir)
+    if newest is None:
+        logger.warning("no checkpoint in %s yet: training starts from the beginning", training.output_dir)
+    return newest
 
 
 def _last_checkpoint(output_dir: str) -> str | None:
@@ -365,8 +365,11 @@ def set_checkpoints_aside(output_dir: str) -> None:
         logger.warning("moved %d checkpoints of an earlier run to %s", len(old), aside)
 
 
-def _lora_problems(training: TrainingArguments, lora: LoraArguments) -> list[str]:
+def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> list[str]:
+    """What is wrong with the flags that say what is trained, as far as the flags alone can tell."""
     problems = []
+    if not (training.use_lora or training.tune_llm or training.tune_vision or training.tune_resampler):
+        problems.append("nothing would be trained: set --tune_vision, --tune_llm, --tune_resampler or --use_lora true")
     if lora.q_lora:
         problems.append(
             "--q_lora true: comes with a later change; use --use_lora with ds_config_zero3_offload.json now"
@@ -404,7 +407,3 @@ def _lora_problems(training: TrainingArguments, lora: LoraArguments) -> list[str
     except (ValueError, TypeError):
         problems.append(f"--lora_layer_replication {lora.lora_layer_replication}: expected JSON like [[0, 4], [2, 5]]")
     return problems
-
-
-def _value(setting) -> str:
-    return getattr(setting, "value", setting)

@@ -141,8 +141,9 @@ class SupervisedDataset(Dataset):
             return placeholder(grid, self.query_nums)
 
         turns = text_turns(sample["conversations"], images, describe)
-        # No token is shorter than a byte, and a turn has at most 5 tokens of its own: most samples need no tokenizer.
-        text_bytes = sum(len(text.replace("<unk>", "").encode()) + 5 for _, text in turns)
+        # No token is shorter than a byte, and the words around a turn ("assistant", two newlines, three special
+        # tokens, BOS) are at most 16 tokens, so that most samples need no tokenizer.
+        text_bytes = sum(len(text.replace("<unk>", "").encode()) + 16 for _, text in turns)
         if text_bytes + picture_tokens < self.max_length:
             return None
         input_ids, labels = encode_text(turns, self.tokenizer, self.llm_type)
@@ -307,10 +308,8 @@ def find_problems(dataset: SupervisedDataset, path: str | os.PathLike) -> list[s
         except ValueError as error:
             causes.append((index, str(error)))
             continue
-        image = sample.get("image")
-        for picture in image.values() if isinstance(image, Mapping) else image if isinstance(image, list) else [image]:
-            if picture is not None:
-                pictures.setdefault(resolve(picture, image_folder), []).append(index)
+        for picture in _image_paths(sample.get("image")):
+            pictures.setdefault(resolve(picture, image_folder), []).append(index)
     sizes = {}
     with ThreadPoolExecutor(16) as pool:  # opening reads a header; on network disks it is the waiting that counts
         for (picture, users), found in zip(pictures.items(), pool.map(_picture_size, pictures), strict=True):
@@ -332,14 +331,19 @@ def report_problems(problems: Sequence[str]) -> str:
     return "\n".join([*problems[:MAX_PROBLEMS_SHOWN], *([f"... and {more} more"] if more > 0 else [])])
 
 
-def _map_images(image, load: Callable[[str], Image.Image]):
+def _image_paths(image) -> list:
+    """What stands in a sample's `image`: a path, a list of paths, a mapping from mark to path, or nothing."""
     if image is None:
         return []
-    if isinstance(image, str):
-        return [load(image)]
     if isinstance(image, Mapping):
-        return {mark: load(path) for mark, path in image.items()}
-    return [load(path) for path in image]
+        return list(image.values())
+    return list(image) if isinstance(image, list | tuple) else [image]
+
+
+def _map_images(image, load: Callable[[str], Image.Image]):
+    """The sample's pictures in the shape that `place_pictures` takes."""
+    loaded = [load(path) for path in _image_paths(image)]
+    return dict(zip(image, loaded, strict=True)) if isinstance(image, Mapping) else loaded
 
 
 def _check_sample(sample, llm_type: str) -> None:
@@ -361,8 +365,7 @@ def _check_sample(sample, llm_type: str) -> None:
     if turns[-1]["role"] != "assistant":
         raise ValueError("the last turn is the user's; there is no answer to learn at its end")
     image = sample.get("image")
-    paths = image.values() if isinstance(image, Mapping) else image if isinstance(image, list) else [image]
-    if any(not isinstance(path, str) for path in paths if path is not None or image is not None):
+    if any(not isinstance(path, str) for path in _image_paths(image)):
         raise ValueError("field 'image' is neither a path, nor a list of paths, nor an object from mark to path")
     place_pictures(turns, _map_images(image, lambda path: path))
 

@@ -32,6 +32,7 @@ from finetune.arguments import (
     load_config,
     parse_arguments,
     set_checkpoints_aside,
+    trained_set_problems,
 )
 from finetune.dataset import (
     SupervisedDataset,
@@ -58,7 +59,10 @@ def train(argv: list[str] | None = None) -> None:
     model_args, data_args, args, lora_args = parse_arguments(argv)
     _set_up_logging(args)
     config = load_config(model_args, args)
-    _stop_on(check_arguments(model_args, data_args, args, lora_args, config), "These settings cannot work:")
+    problems = check_arguments(model_args, data_args, args, lora_args, config)
+    if not isinstance(config, str) and not trained_set_problems(args, lora_args):
+        problems += _trainable_problems(config, args, lora_args)
+    _stop_on(problems, "These settings cannot work:")
 
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
     if args.max_slice_nums is not None:
@@ -71,9 +75,8 @@ def train(argv: list[str] | None = None) -> None:
         logger.warning("--eval_data_path is not used: --eval_strategy is no")
     elif data_args.eval_data_path:
         eval_dataset = make_dataset(data_args.eval_data_path)
-    _stop_on(_trainable_problems(config, args, lora_args), "These settings cannot work:")
-
-    if args.overwrite_output_dir and args.process_index == 0:
+    checkpoint = checkpoint_to_resume(args)
+    if args.overwrite_output_dir and checkpoint is None and args.process_index == 0:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
     model = load_model(model_args, args, lora_args, config)
@@ -101,9 +104,6 @@ def train(argv: list[str] | None = None) -> None:
         callbacks=[RunFiles(settings)],
         continued_adapter=lora_args.lora_weight_path or None,
     )
-    checkpoint = checkpoint_to_resume(args)
-    if args.resume_from_checkpoint and checkpoint is None:
-        logger.warning("no checkpoint in %s yet: training starts from the beginning", args.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()

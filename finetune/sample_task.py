@@ -5,8 +5,8 @@
 
 Every picture shows a coloured shape and a word on a sign, on a speckled ground. One question asks for the colour, one
 for the word; each has four possible answers, so guessing scores 0.25. Training samples ask both in random order,
-held-out samples one of them. `--score` answers the held-out questions with a
-model folder (a checkpoint or an adapter) and prints the part that is right.
+held-out samples one of them. `--score` answers the held-out questions with a model folder (a checkpoint or an adapter)
+and prints the part that is right.
 """
 
 from __future__ import annotations
@@ -83,13 +83,11 @@ def write_task(output: Path, train: int, held_out: int, side: int, seed: int) ->
         (output / f"{split}.json").write_text(json.dumps(samples, indent=1), encoding="utf-8")
 
 
-def load_as_in_the_readme(adapter: Path, picture: Path):
-    """Model and tokenizer, by running the README's adapter snippet with two paths put in."""
+def readme_snippet(adapter: Path, picture: Path) -> str:
+    """The README's adapter snippet with two paths put in."""
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
     snippet = re.search(r"<!-- adapter snippet -->\n```python\n(.*?)```", readme, re.S)[1]
-    names: dict = {}
-    exec(snippet.replace("path/to/adapter", str(adapter)).replace("path/to/picture.jpg", str(picture)), names)
-    return names["model"], names["tokenizer"]
+    return snippet.replace("path/to/adapter", str(adapter)).replace("path/to/picture.jpg", str(picture))
 
 
 def score(model_folder: Path, task: Path) -> float:
@@ -103,7 +101,9 @@ def score(model_folder: Path, task: Path) -> float:
     from finetune.loading import load_finetuned
 
     if (model_folder / "adapter_config.json").is_file():
-        model, tokenizer = load_as_in_the_readme(model_folder, task / "images" / "held_out_00000.png")
+        names: dict = {}
+        exec(readme_snippet(model_folder, task / "images" / "held_out_00000.png"), names)
+        model, tokenizer = names["model"], names["tokenizer"]
     else:
         model, tokenizer = load_finetuned(model_folder)
     right: dict[str, list[bool]] = {}
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=2400, help="training samples")
     parser.add_argument("--held_out", type=int, default=100, help="held-out samples")
     parser.add_argument("--side", type=int, default=112, help="pixels on each side of a picture")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the pictures and questions")
     parser.add_argument(
         "--score", metavar="MODEL_FOLDER", type=Path, help="score this model instead of writing the task"
     )

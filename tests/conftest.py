@@ -42,7 +42,7 @@ def golden_batch(llm_type: str) -> dict:
     data["pixel_values"] = []
     for sample in range(3):
         pictures = [stored[f"image.{sample}.{n}"].float() for n in range(len(data["image_bound"][sample]))]
-        data["pixel_values"].append([to_strip(p, 14)[0] for p in pictures] if llm_type == "llama3" else pictures)
+        data["pixel_values"].append([to_strip(p, 14) for p in pictures] if llm_type == "llama3" else pictures)
     return data
 
 

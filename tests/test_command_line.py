@@ -163,6 +163,27 @@ def test_all_problems_at_once_and_before_weights(tiny, tmp_path, monkeypatch):
         assert part in str(caught.value)
 
 
+def test_lora_target_is_reported_with_the_other_settings(tiny, tmp_path):
+    base = f"--model_name_or_path {tiny['llama3']} --data_path no.json --output_dir {tmp_path} --use_lora true"
+    with pytest.raises(arguments_module.UserError) as caught:
+        train([*base.split(), "--lora_target_modules", "llm.none"])
+    assert "no.json: there is no such file" in str(caught.value) and "LoRA cannot be set up" in str(caught.value)
+
+
+def test_resuming_leaves_checkpoints_where_they_are(tiny, data_file, tmp_path, monkeypatch):
+    """--overwrite_output_dir in a script, --resume_from_checkpoint behind it."""
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    monkeypatch.setattr("finetune.finetune.load_model", lambda *a, **k: (_ for _ in ()).throw(InterruptedError))
+    flags = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path}".split()
+    with pytest.raises(InterruptedError):
+        train([*flags, "--overwrite_output_dir", "true", "--resume_from_checkpoint", "true"])
+    assert (tmp_path / "checkpoint-3").is_dir()
+    with pytest.raises(InterruptedError):
+        train([*flags, "--overwrite_output_dir", "true"])
+    assert not (tmp_path / "checkpoint-3").exists()
+
+
 def test_wrong_lora_target_shows_before_weights(tiny, data_file, tmp_path, monkeypatch):
     monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
     base = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path} --use_lora true"

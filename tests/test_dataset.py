@@ -128,8 +128,8 @@ def test_training_ids_are_those_of_chat(llm_type, tokenizer, answer):
     """What chat() feeds for the last question, followed by the answer, is the training sample."""
     messages = sample("first?", "reply", "again?", answer)["conversations"]
     arguments = (tokenizer, llm_type, 12, None)
-    prompt = encode(messages[:3], [], *arguments, generation_prompt=True)["input_ids"]
-    whole = encode(messages, [], *arguments)
+    prompt = encode(messages[:3], [], *arguments, as_strips=False, generation_prompt=True)["input_ids"]
+    whole = encode(messages, [], *arguments, as_strips=False)
     assert whole["input_ids"][: len(prompt)].tolist() == prompt.tolist()
     first = torch.nonzero(whole["labels"] != -100).flatten()
     assert (first >= len(prompt) - 1).sum() == len(whole["labels"][len(prompt) - 1 :]) - 1

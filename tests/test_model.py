@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from finetune.minicpmv import MiniCPMV, MiniCPMVConfig
-from finetune.minicpmv.vision import strip_position_ids, to_strip
+from finetune.minicpmv.vision import patch_grid, strip_position_ids, to_strip
 
 HUB = {"llama3": "minicpm_llama3_v2_5", "minicpm": "minicpm_v2"}
 
@@ -292,10 +292,11 @@ def test_position_ids_of_a_strip():
 
 def test_strip_layout():
     picture = torch.arange(3 * 28 * 42).float().view(3, 28, 42)
-    strip, size = to_strip(picture, 14)
-    assert size == (2, 3) and strip.shape == (3, 14, 84)
+    strip = to_strip(picture, 14)
+    assert patch_grid(picture, 14) == (2, 3) and strip.shape == (3, 14, 84)
     assert torch.equal(strip[:, :, 56:70], picture[:, 14:28, 14:28])  # patch 4 is row 1, column 1
-    assert to_strip(strip, 14)[0] is strip
+    assert to_strip(strip, 14) is strip
+    assert patch_grid(picture[:, 1:, 1:], 14) == (2, 3) and to_strip(picture[:, 1:, 1:], 14).shape == (3, 14, 84)
 
 
 def test_model_folder_is_flat():

@@ -23,6 +23,7 @@ from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
 from finetune.finetune import train as finetune
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_finetuned
+from finetune.sample_task import readme_snippet
 from finetune.trainer import CPMTrainer
 
 STEPS = 4
@@ -232,10 +233,9 @@ def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
 
 def test_adapter_snippet_of_the_readme(run, tmp_path):
     """The README's lines, verbatim, in a fresh process that starts at the repository root."""
-    snippet = re.search(r"<!-- adapter snippet -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     folder, picture = run("lora-llama3-2-zero2"), tmp_path / "picture.jpg"
     Image.new("RGB", (120, 80), "red").save(picture)
-    program = snippet.replace("path/to/adapter", str(folder)).replace("path/to/picture.jpg", str(picture))
+    program = readme_snippet(folder, picture)
     program += "\nassert msg.unexpected_keys == [], msg.unexpected_keys\n"
     result = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]

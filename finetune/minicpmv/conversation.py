@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from .image_slicing import placeholder, slice_image, slicing_of, to_pixels
-from .vision import to_strip
+from .vision import patch_grid, to_strip
 
 IGNORE_INDEX = -100
 IMAGE_MARK = "<image>"
@@ -30,7 +30,7 @@ def encode(
     slice_config: Mapping | None,
     *,
     patch_size: int = 14,
-    as_strips: bool | None = None,
+    as_strips: bool,
     transform: Callable[[Image.Image], torch.Tensor] = to_pixels,
     generation_prompt: bool = False,
 ) -> dict:
@@ -43,7 +43,7 @@ def encode(
         query_num: tokens per slice.
         slice_config: `max_slice_nums`, `scale_resolution`, `patch_size`; None for overviews alone.
         patch_size: pixels, where `slice_config` has none.
-        as_strips: pixels as (3, P, N * P) strips rather than (3, H, W); None: as the model was trained.
+        as_strips: pixels as (3, P, N * P) strips rather than (3, H, W).
         transform: PIL picture -> normalised float tensor (3, H, W).
         generation_prompt: end with the words after which the assistant speaks (inference).
 
@@ -57,16 +57,14 @@ def encode(
     """
     check_roles(messages, llm_type)
     slicing = slicing_of(slice_config, patch_size)
-    as_strips = llm_type == "llama3" if as_strips is None else as_strips
     pixel_values, sizes = [], []
 
     def take(image: Image.Image) -> str:
         pictures, grid = slice_image(image, **slicing)
         for picture in pictures:
             pixels = transform(picture)
-            strip, size = to_strip(pixels, slicing["patch_size"])
-            pixel_values.append(strip if as_strips else pixels)
-            sizes.append(size)
+            sizes.append(patch_grid(pixels, slicing["patch_size"]))
+            pixel_values.append(to_strip(pixels, slicing["patch_size"]) if as_strips else pixels)
         return placeholder(grid, query_num)
 
     turns = text_turns(messages, images, take)

@@ -26,7 +26,7 @@ from .configuration_minicpm import MiniCPMVConfig
 from .conversation import encode
 from .image_slicing import upright_rgb
 from .resampler import Resampler
-from .vision import StripVisionTransformer, TimmVisionTower, length_mask, pad_strips, to_strip
+from .vision import StripVisionTransformer, TimmVisionTower, length_mask, pad_strips, patch_grid, to_strip
 
 
 class MiniCPMForCausalLM(GraniteForCausalLM):
@@ -120,11 +120,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             (S, Q, D)
         """
         device, dtype = self.resampler.query.device, next(self.vpm.parameters()).dtype
-        strips, sizes = [], []
-        for pixels in pixel_values:
-            strip, size = to_strip(pixels.to(device, non_blocking=True), self.vpm.patch_size)
-            strips.append(strip)
-            sizes.append(size)
+        sizes = [patch_grid(pixels, self.vpm.patch_size) for pixels in pixel_values]
+        strips = [to_strip(pixels.to(device, non_blocking=True), self.vpm.patch_size) for pixels in pixel_values]
         lengths = [high * wide for high, wide in sizes]
         spans, start = [], 0
         for count in [len(lengths)] if groups is None else groups:

@@ -19,26 +19,27 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
 
 
-def to_strip(pixels: torch.Tensor, patch_size: int) -> tuple[torch.Tensor, tuple[int, int]]:
-    """Cut a picture (3, H, W) into patches, row by row, and lay them side by side.
+def patch_grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
+    """(patches high, patches wide) of a picture (3, H, W); a patch that is cut off by the border counts."""
+    return -(-pixels.shape[1] // patch_size), -(-pixels.shape[2] // patch_size)
+
+
+def to_strip(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Cut a picture (3, H, W) into patches, row by row, and lay them side by side: (3, P, N * P).
 
     A strip (H == patch_size) comes back as it is. Sides that are no multiple of `patch_size` are padded with zeros
     on the right and below (timm's `dynamic_img_pad`).
 
-    Returns:
-        the strip (3, P, N * P) and (patches high, patches wide) of `pixels`.
-
-    Example: (3, 28, 42) with P = 14 gives (3, 14, 84) and (2, 3); patch 4 of the strip is row 1, column 1.
+    Example: (3, 28, 42) with P = 14 gives (3, 14, 84); patch 4 of the strip is row 1, column 1.
     """
     channels, height, width = pixels.shape
-    pad_h, pad_w = -height % patch_size, -width % patch_size
-    if pad_h or pad_w:
-        pixels = F.pad(pixels, (0, pad_w, 0, pad_h))
-    rows, columns = pixels.shape[1] // patch_size, pixels.shape[2] // patch_size
+    rows, columns = patch_grid(pixels, patch_size)
+    if (rows * patch_size, columns * patch_size) != (height, width):
+        pixels = F.pad(pixels, (0, columns * patch_size - width, 0, rows * patch_size - height))
     if rows > 1:
         pixels = pixels.view(channels, rows, patch_size, columns * patch_size)
         pixels = pixels.transpose(1, 2).reshape(channels, patch_size, rows * columns * patch_size)
-    return pixels, (rows, columns)
+    return pixels
 
 
 def pad_strips(strips: list[torch.Tensor]) -> torch.Tensor:
