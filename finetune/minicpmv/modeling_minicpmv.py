@@ -144,7 +144,9 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             inputs_embeds (B, L, D) and, per sample, its slices' features (S_i, Q, D).
         """
         input_ids = data["input_ids"]
-        embeds = self.get_input_embeddings()(input_ids) * self.scale_emb
+        embeds = self.get_input_embeddings()(input_ids)
+        if self.scale_emb != 1.0:
+            embeds = embeds * self.scale_emb
         per_sample = data.get("vision_hidden_states")
         if per_sample is None:
             slices = [list(sample) for sample in data.get("pixel_values") or [()] * len(input_ids)]
