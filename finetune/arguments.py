@@ -41,12 +41,25 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str | None = field(default=None, metadata={"help": "JSON file with the training samples."})
-    eval_data_path: str | None = field(
-        default=None, metadata={"help": "JSON file with the evaluation samples; empty: no evaluation."}
+    data_path: list[str] | None = field(
+        default=None,
+        metadata={"help": "Training samples: files (.json, .jsonl, .parquet, .arrow) or folders of them, with spaces."},
+    )
+    eval_data_path: list[str] | None = field(
+        default=None, metadata={"help": "Evaluation samples, likewise. None: no evaluation."}
     )
     image_folder: str | None = field(
-        default=None, metadata={"help": "Where relative picture paths begin. None: at the folder of the JSON file."}
+        default=None, metadata={"help": "Where relative picture paths begin. None: at the folder of the data file."}
+    )
+    bad_samples: str = field(
+        default="fail",
+        metadata={
+            "help": "Samples that cannot be used: fail (stop before training and list them), or skip (decode every "
+            "picture first, leave the bad samples out and list them in OUTPUT_DIR/bad_samples.jsonl)."
+        },
+    )
+    max_bad_fraction: float = field(
+        default=0.01, metadata={"help": "With --bad_samples skip: stop when more than this part is bad, 0 to 1."}
     )
 
 
@@ -91,6 +104,16 @@ class TrainingArguments(transformers.TrainingArguments):
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start anew in an output folder that holds checkpoints of another run."}
     )
+    group_by_length: bool = field(
+        default=False,
+        metadata={
+            "help": "Make batches of samples of about the same length, in tokens; the same as "
+            "--train_sampling_strategy group_by_length."
+        },
+    )
+    dataloader_num_workers: int = field(
+        default=4, metadata={"help": "Processes per GPU that load and slice pictures. 0: the training process itself."}
+    )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples per step and GPU."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Samples per evaluation step and GPU."})
     bf16: bool | None = field(
@@ -119,6 +142,8 @@ class TrainingArguments(transformers.TrainingArguments):
             self.per_device_train_batch_size = self.batch_size
         if self.evaluation_strategy is not None:
             self.eval_strategy = self.evaluation_strategy
+        if self.group_by_length:
+            self.train_sampling_strategy = "group_by_length"
         if self.logging_dir:
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         if self.warmup_ratio is not None and not self.warmup_steps:
@@ -258,13 +283,13 @@ def _deepspeed_problem(path: str) -> str | None:
     return None
 
 
-def load_config(model: ModelArguments, training: TrainingArguments) -> MiniCPMVConfig | str:
-    """The checkpoint's configuration, or, in one sentence, why there is none."""
-    path = model.model_name_or_path
+def load_config(path: str, cache_dir: str | None = None) -> MiniCPMVConfig | str:
+    """The configuration of the checkpoint `path` (a folder, or its name on the hub), or, in one sentence, why there is
+    none."""
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         return f"--model_name_or_path {path}: there is no such folder, and it is no hub name (owner/name)"
     try:
-        config = AutoConfig.from_pretrained(path, cache_dir=training.cache_dir)
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
         if not isinstance(config, MiniCPMVConfig):
             return f"--model_name_or_path {path}: is a {config.model_type!r} model, expected 'minicpmv'"
         _ = config.llm_type
@@ -296,11 +321,16 @@ def check_arguments(
                 f"{config.max_position_embeddings} tokens"
             )
     if not data.data_path:
-        problems.append("--data_path is missing: the JSON file with your training samples")
-    elif not Path(data.data_path).is_file():
-        problems.append(f"--data_path {data.data_path}: there is no such file")
-    if data.eval_data_path and not Path(data.eval_data_path).is_file():
-        problems.append(f"--eval_data_path {data.eval_data_path}: there is no such file")
+        problems.append("--data_path is missing: the file with your training samples")
+    for flag in ("data_path", "eval_data_path"):
+        missing = [path for path in getattr(data, flag) or () if not Path(path).exists()]
+        problems += [f"--{flag} {path}: there is no such file or folder" for path in missing]
+    if data.bad_samples not in ("fail", "skip"):
+        problems.append(f"--bad_samples {data.bad_samples}: expected fail or skip")
+    if not 0 <= data.max_bad_fraction <= 1:
+        problems.append(f"--max_bad_fraction {data.max_bad_fraction}: expected a part of all samples, 0 to 1")
+    if training.train_sampling_strategy == "batch_rebalance":
+        problems.append("--train_sampling_strategy batch_rebalance would decode every picture; use group_by_length")
     if data.image_folder and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: there is no such folder")
     if training.eval_strategy != "no" and not data.eval_data_path:

@@ -1,27 +1,25 @@
-"""Training data: JSON conversations and pictures in, padded batches out.
+"""Training data: conversations and pictures in, padded batches out.
 
     from finetune.dataset import SupervisedDataset, data_collator, load_samples
-    samples = load_samples("data/train.json")
-    dataset = SupervisedDataset(samples, build_transform(), tokenizer, model.config.slicing,
-                                llm_type="llama3", query_nums=96, batch_vision=True)
+    dataset = SupervisedDataset.for_checkpoint(config, tokenizer, load_samples("data/train.json"))
     batch = data_collator([dataset[0], dataset[1]], max_length=2048)
 
-What a sample becomes is decided in `minicpmv/conversation.py`, which `chat()` uses too.
-Shapes: B samples, L tokens of the longest sample, S slices of one sample.
+What a sample becomes is decided in `minicpmv/conversation.py`, which `chat()` uses too; what a picture file becomes, in
+`pictures.py`. Shapes: B samples, L tokens of the longest sample, S slices of one sample.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from PIL import ExifTags, Image
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from torchvision import transforms
@@ -29,22 +27,49 @@ from torchvision import transforms
 if not __package__:  # `import dataset` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.data_files import Samples
+from finetune.data_files import load_samples as load_samples
+from finetune.minicpmv.configuration_minicpm import MiniCPMVConfig
 from finetune.minicpmv.conversation import (
     IGNORE_INDEX,
     IMAGE_MARK,
+    NUMBERED_MARK,
+    Turn,
     check_roles,
     encode,
     encode_text,
     place_pictures,
     text_turns,
 )
-from finetune.minicpmv.image_slicing import MEAN, STD, placeholder, plan_slices, slicing_of, upright_rgb
+from finetune.minicpmv.image_slicing import MEAN, STD, placeholder, plan_slices, raw_pixels, slicing_of
+from finetune.pictures import is_picture, load_image, map_pictures, picture_paths, picture_size
 
 logger = logging.getLogger(__name__)
 
-MAX_PROBLEMS_SHOWN = 20
 MAX_TRUNCATION_WARNINGS = 5  # per process
-RESERVED_WORDS = (IMAGE_MARK, "</image>", "<slice>", "</slice>", "<unk>")  # the first may stand in user turns
+PLACEHOLDER_WORDS = re.compile("</image>|<slice>|</slice>|<unk>")  # they stand for pictures only, in any turn
+PICTURE_WORDS = re.compile(f"{PLACEHOLDER_WORDS.pattern}|{IMAGE_MARK}|{NUMBERED_MARK.pattern}")  # outside user turns
+MARK_NAME = re.compile(r"<image(_\w+)?>")
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used; the message says which, where and why."""
+
+    def __init__(self, message: str):
+        # A DataLoader worker's error comes back as its whole traceback in one text; its last line is the message.
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+class Measure(NamedTuple):
+    """Length of a sample in tokens, before any truncation."""
+
+    tokens: int
+    picture_tokens: int
+    slices: tuple[int, ...]
+    """of each picture, the overview counted"""
+    supervised: int
+    kept: int
+    """supervised tokens that the dataset's `max_length` leaves"""
 
 
 def build_transform() -> Callable[[Image.Image], torch.Tensor]:
@@ -57,8 +82,9 @@ class SupervisedDataset(Dataset):
 
     Args:
         raw_data: samples `{"id", "image", "conversations": [{"role", "content"}]}`; `image` is a path, a list of
-            paths, a mapping from mark to path, or absent.
-        transform: PIL picture -> normalised float tensor (3, H, W), see `build_transform`.
+            paths, a mapping from mark to path, or absent. `"weight": 0` in an assistant turn masks that answer.
+        transform: PIL picture -> normalised float tensor (3, H, W), see `build_transform`; None: pixels stay uint8
+            (3, H, W), which `MiniCPMV` normalises on its device to the same values.
         tokenizer: the checkpoint's tokenizer.
         slice_config: `max_slice_nums`, `scale_resolution`, `patch_size` (pixels); None: overviews alone.
         llm_type: `llama3` (2.5) or `minicpm` (2.0).
@@ -66,20 +92,21 @@ class SupervisedDataset(Dataset):
         query_nums: tokens per slice: 96 (2.5), 64 (2.0).
         batch_vision: pixels as strips (3, patch, N * patch), as 2.5 takes them; else (3, H, W).
         max_length: truncate samples to so many tokens, see `truncate`; None: leave that to the collator.
-        image_folder: where relative picture paths begin; None: the working directory.
+        image_folder: where relative picture paths begin; None: at the folder of the sample's file, where `raw_data`
+            comes from `load_samples`, else at the working directory.
 
     An item: `input_ids`, `position_ids`, `labels` (L,) int64, labels already shifted; `attention_mask` (L,) bool;
-    `pixel_values`, a list of S float32 tensors; `tgt_sizes` (S, 2) int32, patches high and wide; `image_bound`
-    (S, 2) int64, start inclusive, end exclusive; `id`, for messages.
+    `pixel_values`, a list of S tensors; `tgt_sizes` (S, 2) int32, patches high and wide; `image_bound` (S, 2) int64,
+    start inclusive, end exclusive; `id`, for messages.
 
     Raises:
-        ValueError: from `dataset[i]`, naming the sample and the cause; no other sample is taken in its place.
+        SampleError: from `dataset[i]`, naming the sample and the cause; no other sample is taken in its place.
     """
 
     def __init__(
         self,
         raw_data: Sequence[Mapping],
-        transform: Callable[[Image.Image], torch.Tensor],
+        transform: Callable[[Image.Image], torch.Tensor] | None,
         tokenizer,
         slice_config: Mapping | None,
         llm_type: str = "minicpm",
@@ -99,57 +126,188 @@ class SupervisedDataset(Dataset):
         self.batch_vision = batch_vision
         self.max_length = max_length
         self.image_folder = image_folder
+        self.lengths: list[int] | None = None  # in tokens, where batches are to be grouped by length
+
+    @classmethod
+    def for_checkpoint(
+        cls,
+        config: MiniCPMVConfig,
+        tokenizer,
+        samples: Sequence[Mapping],
+        max_length: int | None = None,
+        image_folder: str | os.PathLike | None = None,
+    ) -> SupervisedDataset:
+        """The data set as `finetune.py` trains on it: pixels in uint8, everything else as the checkpoint's config
+        says."""
+        return cls(
+            samples,
+            None,
+            tokenizer,
+            config.slicing,
+            llm_type=config.llm_type,
+            patch_size=config.patch_size,
+            query_nums=config.query_num,
+            batch_vision=config.llm_type == "llama3",
+            max_length=max_length,
+            image_folder=image_folder,
+        )
 
     def __len__(self) -> int:
         return len(self.raw_data)
 
     def __getitem__(self, index: int) -> dict:
-        sample = self.raw_data[index]
-        name = f"sample {index} (id {sample.get('id')!r})"
         try:
+            sample = self.sample(index)
             item = encode(
                 sample["conversations"],
-                _map_images(sample.get("image"), lambda path: load_image(path, self.image_folder)),
+                map_pictures(sample.get("image"), lambda picture: load_image(picture, self.folder(index))),
                 self.tokenizer,
                 self.llm_type,
                 self.query_nums,
                 self.slice_config,
                 patch_size=self.patch_size,
-                as_strips=self.batch_vision,
-                transform=self.transform,
+                as_strips=self.batch_vision and self.transform is not None,
+                transform=self.transform or raw_pixels,
             )
-        except (ValueError, KeyError, OSError) as error:
-            cause = f"field {error} is missing" if isinstance(error, KeyError) else error
-            raise ValueError(f"{name}: {cause}") from error
-        item["id"] = name
+        except ValueError as error:
+            raise SampleError(f"{self.name(index)}: {error}") from error
+        item["id"] = self.name(index, sample)
         return item if self.max_length is None else truncate(item, self.max_length)
 
-    def length_problem(self, index: int, sizes: Mapping[str, tuple[int, int]]) -> str | None:
-        """Why sample `index` would lose its whole answer to truncation, found without decoding a picture; or None.
+    def sample(self, index: int) -> Mapping:
+        """The sample as it stands in the data, checked in all that needs no look at its pictures.
 
-        Args:
-            sizes: (width, height) in pixels of the pictures, upright, by path as `resolve` gives it.
+        Raises:
+            ValueError: saying what is wrong with it.
         """
-        sample, slicing = self.raw_data[index], slicing_of(self.slice_config, self.patch_size)
-        images = _map_images(sample.get("image"), lambda path: sizes[resolve(path, self.image_folder)])
-        picture_tokens = 0
+        sample = self.raw_data[index]
+        check_sample(sample, self.llm_type)
+        return sample
 
-        def describe(size: tuple[int, int]) -> str:
-            nonlocal picture_tokens
-            _, grid, _ = plan_slices(size, **slicing)
-            picture_tokens += self.query_nums * (1 + (grid[0] * grid[1] if grid else 0))
-            return placeholder(grid, self.query_nums)
+    def name(self, index: int, sample: Mapping | None = None) -> str:
+        """File, place in it and id of a sample, for messages; `sample` saves reading it again."""
+        path, number, identity = self.place(index, sample)
+        return f"{path + ': ' if path else ''}sample {number} (id {identity!r:.100})"
 
-        turns = text_turns(sample["conversations"], images, describe)
+    def place(self, index: int, sample: Mapping | None = None) -> tuple[str | None, int, object]:
+        """(file, or None; index in it; id) of a sample."""
+        try:
+            sample = self.raw_data[index] if sample is None else sample
+        except ValueError:  # not even readable
+            sample = None
+        identity = sample.get("id") if isinstance(sample, Mapping) else None
+        path, number = self.raw_data.location(index) if isinstance(self.raw_data, Samples) else (None, index)
+        return path, number, identity
+
+    def folder(self, index: int) -> str | os.PathLike | None:
+        """Where the relative picture paths of a sample begin."""
+        if self.image_folder is None and isinstance(self.raw_data, Samples):
+            return self.raw_data.folder(index)
+        return self.image_folder
+
+    def measure(self, index: int) -> Measure:
+        """Lengths of a sample, from the headers of its pictures; nothing is decoded.
+
+        Raises:
+            ValueError: as `sample` and `picture_size`.
+        """
+        turns, grids = self._turns(index)
+        input_ids, labels = encode_text(turns, self.tokenizer, self.llm_type, self.query_nums)
+        supervised = labels != IGNORE_INDEX
+        kept = supervised if self.max_length is None else supervised[: self.max_length]
+        slices = tuple(map(slice_count, grids))
+        return Measure(len(input_ids), self.query_nums * sum(slices), slices, int(supervised.sum()), int(kept.sum()))
+
+    def check(self, index: int) -> None:
+        """Finds what makes a sample useless in training, less what decoding its pictures would find.
+
+        Raises:
+            ValueError: as `measure`, and where nothing is supervised, or nothing after truncation to `max_length`.
+        """
+        turns, grids = self._turns(index)
         # No token is shorter than a byte, and the words around a turn ("assistant", two newlines, three special
         # tokens, BOS) are at most 16 tokens, so that most samples need no tokenizer.
-        text_bytes = sum(len(text.replace("<unk>", "").encode()) + 16 for _, text in turns)
-        if text_bytes + picture_tokens < self.max_length:
-            return None
-        input_ids, labels = encode_text(turns, self.tokenizer, self.llm_type)
-        if len(input_ids) <= self.max_length or (labels[: self.max_length] != IGNORE_INDEX).any():
-            return None
-        return _lost_answer(len(input_ids), picture_tokens, self.max_length)
+        text_bytes = sum(len(turn.text.replace("<unk>", "").encode()) + 16 for turn in turns)
+        fits = self.max_length is None or (
+            text_bytes + self.query_nums * sum(map(slice_count, grids)) < self.max_length
+        )
+        if not fits or not any(turn.supervised for turn in turns):
+            self.check_supervised(self.measure(index))
+
+    def check_supervised(self, measure: Measure) -> None:
+        """
+        Raises:
+            ValueError: when no token is supervised, or none after truncation to `max_length`.
+        """
+        if not measure.supervised:
+            raise ValueError("every answer has weight 0; there is nothing to learn")
+        if not measure.kept:
+            raise ValueError(_lost_answer(measure.tokens, measure.picture_tokens, self.max_length))
+
+    def grids(self, index: int) -> list[tuple[int, int] | None]:
+        """(columns, rows) of each picture's slices, None for an overview alone, from the headers of the pictures."""
+        return self._turns(index)[1]
+
+    def _turns(self, index: int) -> tuple[list[Turn], list[tuple[int, int] | None]]:
+        """A sample's turns with placeholder text for its pictures, and the grid of each picture."""
+        sample = self.sample(index)
+        slicing = slicing_of(self.slice_config, self.patch_size)
+        sizes = map_pictures(sample.get("image"), lambda picture: picture_size(picture, self.folder(index)))
+        grids = []
+
+        def describe(size: tuple[int, int]) -> str:
+            grids.append(plan_slices(size, **slicing)[1])
+            return placeholder(grids[-1])
+
+        return text_turns(sample["conversations"], sizes, describe), grids
+
+
+def slice_count(grid: tuple[int, int] | None) -> int:
+    """Slices of a picture, the overview counted."""
+    return 1 + (grid[0] * grid[1] if grid else 0)
+
+
+def check_sample(sample, llm_type: str) -> None:
+    """What is wrong with a sample, as far as it can be seen without a look at its pictures or a tokenizer.
+
+    Raises:
+        ValueError: saying which field or turn.
+    """
+    if not isinstance(sample, Mapping):
+        raise ValueError(f"is a {type(sample).__name__}, expected an object with 'conversations'")
+    turns = sample.get("conversations")
+    if not isinstance(turns, list):
+        raise ValueError(f"field 'conversations' is {'missing' if turns is None else 'not a list'}")
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"turn {number} is a {type(turn).__name__}, expected {{'role', 'content'}}")
+        for field in ("role", "content"):
+            if not isinstance(turn.get(field), str):
+                raise ValueError(f"turn {number}: field {field!r} is {'missing' if field not in turn else 'no text'}")
+        role, content = turn["role"], turn["content"]
+        if word := (PLACEHOLDER_WORDS if role == "user" else PICTURE_WORDS).search(content):
+            raise ValueError(f"turn {number} ({role}) contains {word[0]!r}, which stands for pictures only")
+        if not content.isascii():
+            try:
+                content.encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"turn {number} ({role}) is no valid text: {error.reason}") from error
+        weight = turn.get("weight")
+        if weight is not None and (role != "assistant" or weight not in (0, 1)):
+            raise ValueError(
+                f"turn {number} ({role}) has weight {weight!r}; expected 0 (do not learn this answer) or 1, in an "
+                "assistant turn"
+            )
+    check_roles(turns, llm_type)
+    if turns[-1]["role"] != "assistant":
+        raise ValueError("the last turn is the user's; there is no answer to learn at its end")
+    image = sample.get("image")
+    if not all(map(is_picture, picture_paths(image))):
+        raise ValueError("field 'image' is neither a path, nor a list of paths, nor an object from mark to path")
+    pictures = map_pictures(image, lambda picture: picture)
+    if isinstance(pictures, dict) and (names := [name for name in pictures if not MARK_NAME.fullmatch(name)]):
+        raise ValueError(f"field 'image' names {names[0]!r}; expected marks like '<image_00>'")
+    place_pictures(turns, pictures)
 
 
 def _lost_answer(tokens: int, picture_tokens: int, max_length: int) -> str:
@@ -159,33 +317,6 @@ def _lost_answer(tokens: int, picture_tokens: int, max_length: int) -> str:
     )
 
 
-def load_image(path: str, folder: str | os.PathLike | None = None) -> Image.Image:
-    """Read a picture as RGB, turned as its EXIF data says.
-
-    Raises:
-        ValueError: naming the path, when the file is missing, no picture, or cut off.
-    """
-    path = resolve(path, folder)
-    try:
-        with Image.open(path) as image:
-            return upright_rgb(image)
-    except FileNotFoundError as error:
-        raise ValueError(f"picture {path} does not exist") from error
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{path} is not a picture that Pillow can read") from error
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"picture {path} cannot be decoded, it may be cut off: {error}") from error
-
-
-def resolve(path: str, folder: str | os.PathLike | None) -> str:
-    """A relative path begins at `folder`, if that is given and the file is there, else at the working directory."""
-    if folder is not None and not os.path.isabs(path):
-        inside = os.path.join(folder, path)
-        if os.path.exists(inside) or not os.path.exists(path):
-            return inside
-    return path
-
-
 def truncate(item: dict, max_length: int) -> dict:
     """Cut an item to `max_length` tokens, from the end.
 
@@ -193,7 +324,7 @@ def truncate(item: dict, max_length: int) -> dict:
     inside a picture (no picture token is supervised), and slices whose placeholder is gone go with it.
 
     Raises:
-        ValueError: when nothing supervised would be left, naming the sample, its tokens and the flag.
+        SampleError: when nothing supervised would be left, naming the sample, its tokens and the flag.
     """
     length = len(item["input_ids"])
     if length <= max_length:
@@ -202,7 +333,7 @@ def truncate(item: dict, max_length: int) -> dict:
     name = item.get("id", "a sample")
     if len(supervised) == 0:
         pictures = int(item["image_bound"].view(-1, 2).diff(dim=1).sum()) if len(item["pixel_values"]) else 0
-        raise ValueError(f"{name} {_lost_answer(length, pictures, max_length)}")
+        raise SampleError(f"{name}: {_lost_answer(length, pictures, max_length)}")
     end = int(supervised[-1]) + 1
     _warn_truncated(f"{name} has {length} tokens, cut to {end} (--model_max_length {max_length})")
     slices = int((item["image_bound"].view(-1, 2)[:, 1] <= end).sum()) if len(item["pixel_values"]) else 0
@@ -259,126 +390,3 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
         "right_padded": True,
         "independent_samples": True,
     }
-
-
-def load_samples(path: str | os.PathLike) -> list[dict]:
-    """Samples of a JSON file (UTF-8, a list of objects).
-
-    Raises:
-        ValueError: naming the file and, for malformed JSON, line and column with the text there.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    try:
-        samples = json.loads(text)
-    except json.JSONDecodeError as error:
-        line = text.splitlines()[error.lineno - 1].strip() if text.strip() else ""
-        raise ValueError(
-            f"{path}: not valid JSON at line {error.lineno}, column {error.colno}: {error.msg}; "
-            f"the line is {line[:120]!r}. "
-            "JSON has double quotes (\"id\", not 'id') and no comma before a closing bracket"
-        ) from error
-    if not isinstance(samples, list):
-        raise ValueError(f"{path}: holds a JSON {type(samples).__name__}, expected a list of samples")
-    if not samples:
-        raise ValueError(f"{path}: holds an empty list, expected samples")
-    return samples
-
-
-def find_problems(dataset: SupervisedDataset, path: str | os.PathLike) -> list[str]:
-    """What is wrong with the samples, as far as it can be seen without decoding a picture: missing and misplaced
-    fields, roles, marks, pictures that do not exist or are no pictures, answers that `max_length` would cut off whole.
-
-    Args:
-        path: of the data file, for the messages.
-
-    Returns:
-        one line for each problem: file, index, id, cause.
-    """
-    samples, llm_type, image_folder = dataset.raw_data, dataset.llm_type, dataset.image_folder
-    pictures: dict[str, list[int]] = {}
-    causes: list[tuple[int, str]] = []
-    for index, sample in enumerate(samples):
-        try:
-            _check_sample(sample, llm_type)
-        except ValueError as error:
-            causes.append((index, str(error)))
-            continue
-        for picture in _image_paths(sample.get("image")):
-            pictures.setdefault(resolve(picture, image_folder), []).append(index)
-    sizes = {}
-    with ThreadPoolExecutor(16) as pool:  # opening reads a header; on network disks it is the waiting that counts
-        for (picture, users), found in zip(pictures.items(), pool.map(_picture_size, pictures), strict=True):
-            if isinstance(found, str):
-                causes += [(index, f"{found}: {picture}") for index in users]
-            else:
-                sizes[picture] = found
-    if dataset.max_length is not None:
-        bad = {index for index, _ in causes}
-        lengths = ((n, dataset.length_problem(n, sizes)) for n in range(len(samples)) if n not in bad)
-        causes += [(index, cause) for index, cause in lengths if cause]
-    names = {index: sample.get("id") if isinstance(sample, Mapping) else None for index, sample in enumerate(samples)}
-    return [f"{path}: sample {index} (id {names[index]!r}): {cause}" for index, cause in sorted(causes)]
-
-
-def report_problems(problems: Sequence[str]) -> str:
-    """The first problems in full, the rest as a number."""
-    more = len(problems) - MAX_PROBLEMS_SHOWN
-    return "\n".join([*problems[:MAX_PROBLEMS_SHOWN], *([f"... and {more} more"] if more > 0 else [])])
-
-
-def _image_paths(image) -> list:
-    """What stands in a sample's `image`: a path, a list of paths, a mapping from mark to path, or nothing."""
-    if image is None:
-        return []
-    if isinstance(image, Mapping):
-        return list(image.values())
-    return list(image) if isinstance(image, list | tuple) else [image]
-
-
-def _map_images(image, load: Callable[[str], Image.Image]):
-    """The sample's pictures in the shape that `place_pictures` takes."""
-    loaded = [load(path) for path in _image_paths(image)]
-    return dict(zip(image, loaded, strict=True)) if isinstance(image, Mapping) else loaded
-
-
-def _check_sample(sample, llm_type: str) -> None:
-    if not isinstance(sample, Mapping):
-        raise ValueError(f"is a {type(sample).__name__}, expected an object with 'conversations'")
-    turns = sample.get("conversations")
-    if not isinstance(turns, list):
-        raise ValueError(f"field 'conversations' is {'missing' if turns is None else 'not a list'}")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {number} is a {type(turn).__name__}, expected {{'role', 'content'}}")
-        for field in ("role", "content"):
-            if not isinstance(turn.get(field), str):
-                raise ValueError(f"turn {number}: field {field!r} is {'missing' if field not in turn else 'no text'}")
-        for word in RESERVED_WORDS[turn["role"] == "user" :]:
-            if word in turn["content"]:
-                raise ValueError(f"turn {number} ({turn['role']}) contains {word!r}, which stands for pictures only")
-    check_roles(turns, llm_type)
-    if turns[-1]["role"] != "assistant":
-        raise ValueError("the last turn is the user's; there is no answer to learn at its end")
-    image = sample.get("image")
-    if any(not isinstance(path, str) for path in _image_paths(image)):
-        raise ValueError("field 'image' is neither a path, nor a list of paths, nor an object from mark to path")
-    place_pictures(turns, _map_images(image, lambda path: path))
-
-
-def _picture_size(path: str) -> tuple[int, int] | str:
-    """(width, height) of the picture turned upright, from its header; or what is wrong with it."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-            return image.size[::-1] if turned else image.size
-    except FileNotFoundError:
-        return "picture does not exist"
-    except Image.UnidentifiedImageError:
-        return "is not a picture that Pillow can read"
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        return f"picture cannot be opened ({error})"

@@ -10,6 +10,7 @@ All flags: python finetune/finetune.py --help
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import warnings
 from functools import partial
@@ -23,6 +24,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer
 
 from finetune.arguments import (
+    DataArguments,
     LoraArguments,
     ModelArguments,
     TrainingArguments,
@@ -34,14 +36,15 @@ from finetune.arguments import (
     set_checkpoints_aside,
     trained_set_problems,
 )
-from finetune.dataset import (
-    SupervisedDataset,
-    build_transform,
-    data_collator,
+from finetune.checks import (
+    BAD_SAMPLES_NAME,
     find_problems,
-    load_samples,
+    leave_out_bad_samples,
     report_problems,
+    token_lengths,
 )
+from finetune.data_files import load_samples
+from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.loading import load_extra_tensors
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
@@ -58,7 +61,7 @@ def train(argv: list[str] | None = None) -> None:
     """
     model_args, data_args, args, lora_args = parse_arguments(argv)
     _set_up_logging(args)
-    config = load_config(model_args, args)
+    config = load_config(model_args.model_name_or_path, args.cache_dir)
     problems = check_arguments(model_args, data_args, args, lora_args, config)
     if not isinstance(config, str) and not trained_set_problems(args, lora_args):
         problems += _trainable_problems(config, args, lora_args)
@@ -67,15 +70,9 @@ def train(argv: list[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
-    slicing = config.slicing
-    make_dataset = partial(_load_dataset, data_args.image_folder, tokenizer, config, slicing, args)
-    train_dataset = make_dataset(data_args.data_path)
-    eval_dataset = None
-    if data_args.eval_data_path and args.eval_strategy == "no":
-        logger.warning("--eval_data_path is not used: --eval_strategy is no")
-    elif data_args.eval_data_path:
-        eval_dataset = make_dataset(data_args.eval_data_path)
     checkpoint = checkpoint_to_resume(args)
+    datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
+    train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
     if args.overwrite_output_dir and checkpoint is None and args.process_index == 0:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
@@ -83,11 +80,12 @@ def train(argv: list[str] | None = None) -> None:
     resolved = {
         "model": LLM_TYPES[config.llm_type],
         "llm_type": config.llm_type,
-        "slicing": slicing,
+        "slicing": config.slicing,
         "query_num": config.query_num,
         "dtype": str(args.compute_dtype).removeprefix("torch."),
         "train_samples": len(train_dataset),
         "eval_samples": len(eval_dataset) if eval_dataset else 0,
+        "left_out": left_out,
         "processes": args.world_size,
     }
     settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
@@ -110,7 +108,10 @@ def train(argv: list[str] | None = None) -> None:
     if trainer.is_world_process_zero():
         write_settings(settings, args.output_dir)
         plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    logger.info("saved to %s", Path(args.output_dir).resolve())
+    if data_args.bad_samples == "skip":
+        record = Path(args.output_dir, BAD_SAMPLES_NAME)
+        logger.info("%d bad samples were left out, see %s", sum(left_out.values()), record)
+    logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
 
 
 def load_model(
@@ -204,37 +205,38 @@ def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_ar
     return []
 
 
-def _load_dataset(
-    image_folder: str | None,
-    tokenizer,
-    config: MiniCPMVConfig,
-    slicing: dict[str, int],
-    args: TrainingArguments,
-    path: str,
-) -> SupervisedDataset:
-    """Samples of a file, checked as far as that goes without decoding a picture; one process of a node looks."""
+def _load_data(
+    data_args: DataArguments, args: TrainingArguments, config: MiniCPMVConfig, tokenizer, resuming: bool
+) -> tuple[dict[str, SupervisedDataset], dict[str, int]]:
+    """The data sets `train` and, with evaluation, `eval`, all of whose samples can be used, and how many were left
+    out of each."""
+    paths = {"train": data_args.data_path}
+    if data_args.eval_data_path and args.eval_strategy == "no":
+        logger.warning("--eval_data_path is not used: --eval_strategy is no")
+    elif data_args.eval_data_path:
+        paths["eval"] = data_args.eval_data_path
     try:
-        samples = load_samples(path)
+        samples = {split: load_samples(files) for split, files in paths.items()}
     except ValueError as error:
         raise UserError(str(error)) from error
-    dataset = SupervisedDataset(
-        samples,
-        build_transform(),
-        tokenizer,
-        slicing,
-        llm_type=config.llm_type,
-        patch_size=config.patch_size,
-        query_nums=config.query_num,
-        batch_vision=config.llm_type == "llama3",
-        max_length=args.model_max_length,
-        image_folder=image_folder or str(Path(path).resolve().parent),
-    )
-    if args.local_process_index == 0:
-        _stop_on(find_problems(dataset, path), "These samples cannot be used:")
-    return dataset
+    datasets = {
+        split: SupervisedDataset.for_checkpoint(
+            config, tokenizer, samples[split], args.model_max_length, data_args.image_folder
+        )
+        for split in paths
+    }
+    left_out = {}
+    if data_args.bad_samples == "skip":
+        left_out = leave_out_bad_samples(datasets, args.output_dir, data_args.max_bad_fraction, resuming)
+    else:
+        problems = [problem for dataset in datasets.values() for problem in find_problems(dataset)]
+        _stop_on(problems, "These samples cannot be used (--bad_samples skip would leave them out):")
+    if args.train_sampling_strategy == "group_by_length":
+        datasets["train"].lengths = token_lengths(datasets["train"])
+    return datasets, left_out
 
 
-def _stop_on(problems: list[str], title: str) -> None:
+def _stop_on(problems: list, title: str) -> None:
     if problems:
         raise UserError(f"{title}\n{report_problems(problems)}")
 
@@ -250,7 +252,9 @@ def main() -> None:
     """Command line: problems found before training end in their message and exit status 1, without a traceback."""
     try:
         train()
-    except UserError as error:
+    except UserError as error:  # every process finds the same
+        sys.exit(f"finetune.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
+    except SampleError as error:  # a picture that became unreadable, met by one process
         sys.exit(f"finetune.py: {error}")
 
 

@@ -17,7 +17,9 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -38,7 +40,7 @@ def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
     logits = outputs.logits.flatten(0, -2).float()
     labels = labels.flatten().to(logits.device)
     if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORE_INDEX).sum()
+        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
     return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items_in_batch
 
 
@@ -79,6 +81,22 @@ class CPMTrainer(Trainer):
                 labels = labels.flatten()[index]
         return super().compute_loss(model, {**wrapped, "labels": labels}, *args, **kwargs)
 
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
+        """As in Trainer, which would group by length by decoding every sample; `lengths` of the data set tell without.
+        A private method, since Trainer has no public place for a sampler; to go when it takes lengths from any data
+        set."""
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length" or getattr(dataset, "lengths", None) is None:
+            return super()._get_train_sampler(train_dataset)
+        samples_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochLengthSampler(samples_per_step, lengths=dataset.lengths, seed=self.args.seed)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
+        """In order; see `_get_train_sampler`."""
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_eval_sampler(eval_dataset)
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Full-vocabulary logits (B, L, V) are computed only where the caller wants predictions."""
         self._full_logits_wanted = not prediction_loss_only
@@ -116,6 +134,24 @@ class CPMTrainer(Trainer):
         super()._load_best_model()
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
+
+
+class EpochLengthSampler(LengthGroupedSampler):
+    """Groups by length in an order that follows from seed and epoch alone, so that all processes, and a run that is
+    resumed within an epoch, draw the same."""
+
+    def __init__(self, batch_size: int, lengths: list[int], seed: int):
+        super().__init__(batch_size, lengths=lengths, generator=torch.Generator())
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of every epoch."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        self.generator.manual_seed(self.seed + self.epoch)
+        return super().__iter__()
 
 
 def extra_trained_tensors(model: PeftModel, state_dict: dict | None = None) -> dict[str, torch.Tensor]:

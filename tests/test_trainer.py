@@ -31,7 +31,7 @@ def model(llm_type):
 @pytest.fixture
 def dataset(llm_type) -> SupervisedDataset:
     """Six samples with pictures of different sizes and answers of different lengths, and two of text only."""
-    samples = load_samples(GOLDEN_DATA / "samples.json")
+    samples = list(load_samples(GOLDEN_DATA / "samples.json"))
     samples += [{k: v for k, v in samples[n].items() if k != "image"} for n in (1, 5)]
     for sample in samples[6:]:
         text = sample["conversations"][0]["content"].replace("<image>\n", "")

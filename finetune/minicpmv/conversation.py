@@ -1,24 +1,35 @@
 """From a conversation with pictures to token ids, labels and slices: the one path for training and for `chat()`.
 
-A conversation is a list of messages `{"role": "user" | "assistant" | "system", "content": text}`.
+A conversation is a list of messages `{"role": "user" | "assistant" | "system", "content": text}`; an answer with
+`"weight": 0` is not supervised.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
-from .image_slicing import placeholder, slice_image, slicing_of, to_pixels
+from .image_slicing import normalised_pixels, placeholder, slice_image, slicing_of
 from .vision import patch_grid, to_strip
 
 IGNORE_INDEX = -100
 IMAGE_MARK = "<image>"
+NUMBERED_MARK = re.compile(r"<image_(\d+)>")
 LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 MINICPM_ROLES = {"user": "<用户>", "assistant": "<AI>"}
+
+
+class Turn(NamedTuple):
+    """A message whose pictures are already placeholder text (see `placeholder`)."""
+
+    role: str
+    text: str
+    supervised: bool
 
 
 def encode(
@@ -31,20 +42,20 @@ def encode(
     *,
     patch_size: int = 14,
     as_strips: bool,
-    transform: Callable[[Image.Image], torch.Tensor] = to_pixels,
+    transform: Callable[[Image.Image], torch.Tensor] = normalised_pixels,
     generation_prompt: bool = False,
 ) -> dict:
     """Token ids, labels and slices of one conversation.
 
     Args:
-        messages: the conversation; `<image>` in a user turn says where a picture goes.
-        images: RGB pictures in the order of their marks, or a mapping from mark (`<image_00>`) to picture.
+        messages: the conversation; a mark in a user turn says where a picture goes, see `place_pictures`.
+        images: RGB pictures, or a mapping from mark (`<image_00>`) to picture.
         llm_type: `llama3` or `minicpm`.
         query_num: tokens per slice.
         slice_config: `max_slice_nums`, `scale_resolution`, `patch_size`; None for overviews alone.
         patch_size: pixels, where `slice_config` has none.
         as_strips: pixels as (3, P, N * P) strips rather than (3, H, W).
-        transform: PIL picture -> normalised float tensor (3, H, W).
+        transform: PIL picture -> tensor (3, H, W): normalised floats, or uint8, which the model normalises itself.
         generation_prompt: end with the words after which the assistant speaks (inference).
 
     Returns:
@@ -65,10 +76,10 @@ def encode(
             pixels = transform(picture)
             sizes.append(patch_grid(pixels, slicing["patch_size"]))
             pixel_values.append(to_strip(pixels, slicing["patch_size"]) if as_strips else pixels)
-        return placeholder(grid, query_num)
+        return placeholder(grid)
 
     turns = text_turns(messages, images, take)
-    input_ids, labels = encode_text(turns, tokenizer, llm_type, generation_prompt)
+    input_ids, labels = encode_text(turns, tokenizer, llm_type, query_num, generation_prompt)
     return {
         "input_ids": torch.from_numpy(input_ids),
         "labels": torch.from_numpy(labels),
@@ -110,27 +121,21 @@ def place_pictures(
 ) -> list[tuple[str, list[str | Image.Image]]]:
     """(role, parts) of every message, the pictures standing as parts where their marks stood.
 
-    One `<image>` per picture in the user turns, in order, or the named marks of a mapping; pictures without any mark
-    go in front of the first user turn, each followed by a newline. A message's content may also be a list of texts
-    and pictures, joined by newlines.
+    Marks stand in user turns, one for each picture: `<image>`, in order; the names of a mapping; or, for a list,
+    `<image_00>`, `<image_01>`... counted from 0. Pictures without any mark go in front of the first user turn, each
+    followed by a newline. A message's content may also be a list of texts and pictures, joined by newlines.
 
     Raises:
         ValueError: when marks and pictures do not match one to one.
     """
-    named = isinstance(images, Mapping)
-    waiting = dict(images) if named else list(images)
-    words = sorted(waiting, key=len, reverse=True) if named and waiting else [IMAGE_MARK]
-    marks = re.compile("|".join(map(re.escape, words)))
+    names = sorted(images, key=len, reverse=True) if isinstance(images, Mapping) else []
+    pictures = list(images.values() if names else images)
+    marks = re.compile("|".join([*map(re.escape, names), IMAGE_MARK, NUMBERED_MARK.pattern]))
     texts = [m["content"] for m in messages if m["role"] == "user" and isinstance(m["content"], str)]
-    found = [mark for text in texts for mark in marks.findall(text)]
-    expected = sorted(waiting) if named and waiting else [IMAGE_MARK] * len(waiting)
-    in_front = bool(waiting) and not found
-    if found and sorted(found) != expected:
-        raise ValueError(
-            f"the user turns have {len(found)} picture mark(s) ({', '.join(sorted(set(found)))}) "
-            f"for {len(waiting)} picture(s){' named ' + ', '.join(expected) if named else ''}; "
-            f"expected one mark for each picture, or none"
-        )
+    found = [match[0] for text in texts for match in marks.finditer(text)]
+    if found:
+        pictures = _in_order_of_marks(found, pictures, images)
+    waiting = iter(pictures)
     placed = []
     for message in messages:
         role, content = message["role"], message["content"]
@@ -139,38 +144,64 @@ def place_pictures(
         elif role == "user" and found:
             parts, end = [], 0
             for match in marks.finditer(content):
-                parts += [content[end : match.start()], waiting[match[0]] if named else waiting.pop(0)]
+                parts += [content[end : match.start()], next(waiting)]
                 end = match.end()
             parts.append(content[end:])
         else:
             parts = [content]
-        if role == "user" and in_front:
-            parts = [part for image in (waiting.values() if named else waiting) for part in (image, "\n")] + parts
-            in_front = False
+        if role == "user" and not found:  # the first user turn takes them all
+            parts = [part for image in waiting for part in (image, "\n")] + parts
         placed.append((role, parts))
     return placed
 
 
-def text_turns(messages: Sequence[Mapping], images, describe: Callable) -> list[tuple[str, str]]:
-    """(role, text) of every message, each picture replaced by `describe(picture)`, in reading order."""
+def _in_order_of_marks(found: list[str], pictures: list, images: Sequence | Mapping) -> list:
+    named = isinstance(images, Mapping) and len(images) > 0
+    if found == [IMAGE_MARK] * len(pictures):
+        return pictures
+    if named and sorted(found) == sorted(images):
+        return [images[mark] for mark in found]
+    numbers = [int(match[1]) for match in map(NUMBERED_MARK.fullmatch, found) if match]
+    if not named and len(numbers) == len(found) and sorted(numbers) == list(range(len(pictures))):
+        return [pictures[number] for number in numbers]
+    names = f" named {', '.join(sorted(images))}" if named else ""
+    raise ValueError(
+        f"the user turns have {len(found)} picture mark(s) ({', '.join(sorted(set(found)))}) for {len(pictures)} "
+        f"picture(s){names}; expected one mark for each picture, or none"
+    )
+
+
+def text_turns(messages: Sequence[Mapping], images, describe: Callable) -> list[Turn]:
+    """The messages with each picture replaced by `describe(picture)`, in reading order."""
     return [
-        (role, "".join(part if isinstance(part, str) else describe(part) for part in parts))
-        for role, parts in place_pictures(messages, images)
+        Turn(
+            role,
+            "".join(part if isinstance(part, str) else describe(part) for part in parts),
+            role == "assistant" and message.get("weight") != 0,
+        )
+        for message, (role, parts) in zip(messages, place_pictures(messages, images), strict=True)
     ]
 
 
 def encode_text(
-    turns: Sequence[tuple[str, str]], tokenizer, llm_type: str, generation_prompt: bool = False
+    turns: Sequence[Turn], tokenizer, llm_type: str, query_num: int, generation_prompt: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(input_ids, shifted labels), int64, of (role, text) turns whose pictures are already placeholder text."""
+    """(input_ids, shifted labels), int64, with `query_num` placeholder tokens for every slice."""
     if llm_type == "llama3":
-        return _encode_llama3(turns, tokenizer, generation_prompt)
-    if llm_type == "minicpm":
-        return _encode_minicpm(turns, tokenizer, generation_prompt)
-    raise ValueError(f"llm_type is {llm_type!r}, expected 'llama3' (MiniCPM-Llama3-V 2.5) or 'minicpm' (MiniCPM-V 2.0)")
+        ids, labels = _encode_llama3(turns, tokenizer, generation_prompt)
+    elif llm_type == "minicpm":
+        ids, labels = _encode_minicpm(turns, tokenizer, generation_prompt)
+    else:
+        raise ValueError(
+            f"llm_type is {llm_type!r}, expected 'llama3' (MiniCPM-Llama3-V 2.5) or 'minicpm' (MiniCPM-V 2.0)"
+        )
+    # Tokenizing `query_num` times <unk> for every slice would take most of a sample's time.
+    counts = np.ones(len(ids), dtype=np.int64)
+    counts[1:][(ids[1:] == tokenizer.unk_id) & (ids[:-1] == tokenizer.im_start_id)] = query_num
+    return np.repeat(ids, counts), np.repeat(labels, counts)
 
 
-def _encode_llama3(turns, tokenizer, generation_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
+def _encode_llama3(turns: Sequence[Turn], tokenizer, generation_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
     """Llama 3's chat template: BOS, then header, trimmed text and <|eot_id|> of every turn.
 
     Every turn begins and ends with a special token and text never merges across one, so encoding header and body
@@ -178,13 +209,14 @@ def _encode_llama3(turns, tokenizer, generation_prompt: bool) -> tuple[np.ndarra
     """
 
     def ids_of(text: str) -> list[int]:
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Beneath the tokenizer's own call, which takes several times as long for short texts.
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     ids, asked = [tokenizer.bos_token_id], [False]
-    for role, text in turns:
+    for role, text, supervised in turns:
         header, body = ids_of(LLAMA3_HEADER.format(role=role)), ids_of(text.strip() + "<|eot_id|>")
         ids += header + body
-        asked += [False] * len(header) + [role == "assistant"] * len(body)
+        asked += [False] * len(header) + [supervised] * len(body)
     if generation_prompt:
         header = ids_of(LLAMA3_HEADER.format(role="assistant"))
         ids += header
@@ -193,20 +225,20 @@ def _encode_llama3(turns, tokenizer, generation_prompt: bool) -> tuple[np.ndarra
     return ids, _shift(np.where(asked, ids, IGNORE_INDEX))
 
 
-def _encode_minicpm(turns, tokenizer, generation_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
+def _encode_minicpm(turns: Sequence[Turn], tokenizer, generation_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
     """BOS and `<用户>`question`<AI>`answer... encoded as one string; `</s>` stands at the end of the last answer.
 
     Turns are found again in the ids by their role tokens; a role token that a user typed in a text is counted too.
     """
-    text = "".join(MINICPM_ROLES[role] + content for role, content in turns)
+    text = "".join(MINICPM_ROLES[turn.role] + turn.text for turn in turns)
     if generation_prompt:
         text += MINICPM_ROLES["assistant"]
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    ends_with_answer = turns[-1][0] == "assistant" and not generation_prompt
+    ends_with_answer = turns[-1].role == "assistant" and not generation_prompt
     ids = np.array([tokenizer.bos_token_id, *ids] + [tokenizer.eos_token_id] * ends_with_answer, dtype=np.int64)
     role_ids = [tokenizer.convert_tokens_to_ids(token) for token in MINICPM_ROLES.values()]
     marks = np.flatnonzero(np.isin(ids, role_ids))
-    typed = [sum(content.count(token) for token in MINICPM_ROLES.values()) for _, content in turns]
+    typed = [sum(turn.text.count(token) for token in MINICPM_ROLES.values()) for turn in turns]
     if len(marks) != len(turns) + sum(typed) + generation_prompt:
         raise ValueError(
             f"the tokenizer does not keep {' and '.join(MINICPM_ROLES.values())} whole: found {len(marks)} role "
@@ -214,8 +246,8 @@ def _encode_minicpm(turns, tokenizer, generation_prompt: bool) -> tuple[np.ndarr
         )
     first = np.cumsum([0, *(1 + n for n in typed)])  # index in `marks` of each turn's role token
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-    for number, (role, _) in enumerate(turns):
-        if role != "assistant":
+    for number, turn in enumerate(turns):
+        if not turn.supervised:
             continue
         begin = marks[first[number]]
         is_last = first[number + 1] >= len(marks)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 MEAN, STD = 0.5, 0.5  # per channel, on pixel values in 0..1
 
@@ -84,9 +84,10 @@ def slice_image(
     return pictures, grid
 
 
-def placeholder(grid: tuple[int, int] | None, query_num: int) -> str:
-    """Text that stands for a picture: `query_num` tokens for the overview and for each slice, rows on lines."""
-    one = "<image>" + "<unk>" * query_num + "</image>"
+def placeholder(grid: tuple[int, int] | None) -> str:
+    """Text that stands for a picture: overview, then slices with rows on lines. Each slice's one `<unk>` becomes as
+    many tokens as the resampler has queries, see `encode_text`."""
+    one = "<image><unk></image>"
     if grid is None:
         return one
     columns, rows = grid
@@ -94,14 +95,41 @@ def placeholder(grid: tuple[int, int] | None, query_num: int) -> str:
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a person sees it: turned as its EXIF data says, in RGB."""
-    return ImageOps.exif_transpose(image).convert("RGB")
+    """The picture as a person sees it, in RGB: turned as its EXIF data says, transparency on white, the brightness
+    range of 16-bit and floating-point pictures brought to 8 bits; of animations the first frame."""
+    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith(("I", "F")):
+        return _deep_gray(image).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    rgb = Image.new("RGB", image.size, "white")
+    rgb.paste(image, mask=image)
+    return rgb
 
 
-def to_pixels(image: Image.Image) -> torch.Tensor:
-    """RGB picture -> float32 (3, H, W), normalised to -1..1 (torchvision's ToTensor and Normalize(0.5, 0.5))."""
-    array = torch.from_numpy(np.array(image, dtype=np.uint8))
-    return array.permute(2, 0, 1).float().div_(255).sub_(MEAN).div_(STD).contiguous()
+def _deep_gray(image: Image.Image) -> Image.Image:
+    """16-bit and 32-bit integers (Pillow holds 16 bits of brightness in both) and floats, in 0..1 or 0..255, as L."""
+    values = np.nan_to_num(np.array(image, dtype=np.float32), copy=False)
+    values *= 1 / 257 if image.mode.startswith("I") else 255 if values.max() <= 1 else 1
+    return Image.fromarray(values.clip(0, 255, out=values).round(out=values).astype(np.uint8))
+
+
+def raw_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB picture -> uint8 (3, H, W), to be normalised on the model's device: a quarter of the bytes to carry there
+    and no arithmetic on the way."""
+    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+
+
+def normalise(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 0..255 -> float32 -1..1, bit for bit torchvision's ToTensor and Normalize(0.5, 0.5)."""
+    return pixels.float().div_(255).sub_(MEAN).div_(STD)
+
+
+def normalised_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB picture -> float32 (3, H, W) in -1..1."""
+    return normalise(raw_pixels(image)).contiguous()
 
 
 def slicing_of(slice_config: Mapping | None, patch_size: int = 14) -> dict[str, int]:

@@ -24,7 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_minicpm import MiniCPMVConfig
 from .conversation import encode
-from .image_slicing import upright_rgb
+from .image_slicing import normalise, upright_rgb
 from .resampler import Resampler
 from .vision import StripVisionTransformer, TimmVisionTower, length_mask, pad_strips, patch_grid, to_strip
 
@@ -111,7 +111,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         """Features of slices, all in one batch.
 
         Args:
-            pixel_values: S slices, each (3, H, W) or a strip (3, P, N * P), normalised.
+            pixel_values: S slices, each (3, H, W) or a strip (3, P, N * P): normalised floats, or uint8.
             tgt_sizes: (S, 2) integers, patches (high, wide). Needed for strips, whose shape does not tell.
             groups: how many successive slices belong together. In 2.5 a slice's features depend on the longest
                 slice of its group (see `StripVisionTransformer`); None: all slices are one group, as in the original.
@@ -121,7 +121,9 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         """
         device, dtype = self.resampler.query.device, next(self.vpm.parameters()).dtype
         sizes = [patch_grid(pixels, self.vpm.patch_size) for pixels in pixel_values]
-        strips = [to_strip(pixels.to(device, non_blocking=True), self.vpm.patch_size) for pixels in pixel_values]
+        pixel_values = [pixels.to(device, non_blocking=True) for pixels in pixel_values]
+        pixel_values = [normalise(pixels) if pixels.dtype == torch.uint8 else pixels for pixels in pixel_values]
+        strips = [to_strip(pixels, self.vpm.patch_size) for pixels in pixel_values]
         lengths = [high * wide for high, wide in sizes]
         spans, start = [], 0
         for count in [len(lengths)] if groups is None else groups:
@@ -273,7 +275,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         """Answer the last user message.
 
         Args:
-            image: PIL picture, a list of them, or None.
+            image: PIL picture, a list of them, a mapping from mark (`<image_00>`) to picture, or None.
             msgs: messages `{"role", "content"}`, the last from the user, or the same as JSON; a content may also be
                 a list of texts and pictures.
             system_prompt: a system message in front (2.5 only).
@@ -294,8 +296,11 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             msgs.insert(0, {"role": "system", "content": system_prompt})
         if not msgs or msgs[-1]["role"] != "user":
             raise ValueError("msgs must end with a user message; there is nothing to answer")
-        images = [] if image is None else list(image) if isinstance(image, (list, tuple)) else [image]
-        images = [upright_rgb(picture) for picture in images]
+        if isinstance(image, Mapping):
+            images = {mark: upright_rgb(picture) for mark, picture in image.items()}
+        else:
+            images = [] if image is None else image if isinstance(image, (list, tuple)) else [image]
+            images = [upright_rgb(picture) for picture in images]
         for message in msgs:
             if not isinstance(message["content"], str):
                 message["content"] = [p if isinstance(p, str) else upright_rgb(p) for p in message["content"]]

@@ -1,0 +1,227 @@
+"""Every sample of a data set looked at before training: problems found together, bad samples left out, lengths.
+
+The work is shared among the processes of a node and their workers; every process ends with the same answer.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from finetune.arguments import UserError
+from finetune.dataset import SupervisedDataset
+from finetune.pictures import forget_sizes, load_image, picture_paths
+
+logger = logging.getLogger("finetune")
+
+BAD_SAMPLES_NAME = "bad_samples.jsonl"
+MAX_PROBLEMS_SHOWN = 20
+CHUNK = 512  # samples that a worker takes at a time
+
+
+class Problem(NamedTuple):
+    """What is wrong with one sample."""
+
+    index: int
+    """in the data set"""
+    file: str | None
+    number: int
+    """in its file"""
+    id: object
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {self.id!r:.100}): {self.cause}"
+
+
+def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int | None = None) -> list[Problem]:
+    """All samples that training could not use, in order.
+
+    Seen from the text and the headers of the pictures: missing and misplaced fields, roles, marks, pictures that do
+    not exist, are no pictures or end too early, answers that `max_length` would cut off whole.
+
+    Args:
+        decode: also decode every picture, which finds whatever else is damaged.
+        workers: processes; None: this process's share of the cores.
+    """
+    found = scan(len(dataset), partial(_problems_of, dataset, decode), "checking samples", workers)
+    problems = {problem.index: problem for of_nodes in found for problem in chain.from_iterable(of_nodes)}
+    return [problems[index] for index in sorted(problems)]
+
+
+def token_lengths(dataset: SupervisedDataset, workers: int | None = None) -> list[int]:
+    """Tokens of every sample, picture tokens counted, after truncation; no picture is decoded."""
+    found = scan(len(dataset), partial(_lengths_of, dataset), "measuring samples", workers)
+    return np.concatenate([of_nodes[0] for of_nodes in found]).tolist()
+
+
+def report_problems(problems: Sequence) -> str:
+    """The first problems in full, the rest as a number."""
+    more = len(problems) - MAX_PROBLEMS_SHOWN
+    lines = map(str, problems[:MAX_PROBLEMS_SHOWN])
+    return "\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])])
+
+
+def scan(count: int, look: Callable[[range], object], title: str, workers: int | None = None) -> list:
+    """`look(range of samples)` over all samples, in order, with a progress bar.
+
+    Args:
+        look: picklable.
+        workers: processes; None: this process's share of the cores, and none for few samples; 0: this process.
+
+    Returns:
+        for each of the successive ranges, the results of every node; the same list in every process of a distributed
+        run. Every node looks at all samples, since pictures may lie on its own disks.
+    """
+    forget_sizes()
+    together = torch.distributed.is_initialized()
+    rank = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if together else 1
+    ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
+    if workers is None:
+        workers = len(os.sched_getaffinity(0)) // processes if len(ranges) > 2 * processes else 0
+    mine: dict[int, object] = {}
+    with tqdm(total=count, desc=title, unit=" samples", disable=rank != 0 or len(ranges) < 2, delay=1) as bar:
+        for number, result in _results(look, ranges, range(rank, len(ranges), processes), workers):
+            mine[number] = result
+            bar.update(min(len(ranges[number]) * processes, count - bar.n))
+    of_all = [mine]
+    if together:
+        of_all = [mine] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_all, mine)
+    return [[results[number] for results in of_all if number in results] for number in range(len(ranges))]
+
+
+def _results(look, ranges: list[range], numbers: range, workers: int) -> Iterator[tuple[int, object]]:
+    loader = DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=min(workers, len(numbers)))
+    return iter(loader)
+
+
+class _Ranges(Dataset):
+    """Makes DataLoader workers out of a function: item n is the n-th range's number and result."""
+
+    def __init__(self, look: Callable[[range], object], ranges: list[range], numbers: range):
+        self.look, self.ranges, self.numbers = look, ranges, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, n: int) -> tuple[int, object]:
+        return self.numbers[n], self.look(self.ranges[self.numbers[n]])
+
+
+def _problems_of(dataset: SupervisedDataset, decode: bool, indices: range) -> list[Problem]:
+    problems = []
+    for index in indices:
+        try:
+            dataset.check(index)
+            if decode:
+                decode_pictures(dataset, index)
+        except ValueError as error:
+            problems.append(Problem(index, *dataset.place(index), str(error)))
+    return problems
+
+
+def decode_pictures(dataset: SupervisedDataset, index: int) -> None:
+    """
+    Raises:
+        ValueError: naming the picture that cannot be decoded.
+    """
+    for picture in picture_paths(dataset.raw_data[index].get("image")):
+        load_image(picture, dataset.folder(index))
+
+
+def _lengths_of(dataset: SupervisedDataset, indices: range) -> np.ndarray:
+    limit = dataset.max_length or sys.maxsize
+    return np.array([min(dataset.measure(index).tokens, limit) for index in indices])
+
+
+def leave_out_bad_samples(
+    datasets: Mapping[str, SupervisedDataset], output_dir: str, max_fraction: float, resuming: bool
+) -> dict[str, int]:
+    """Takes every sample that training could not use out of the data sets, and lists them in `bad_samples.jsonl`.
+
+    Every picture is decoded once for that, so that training meets no surprise. A run that is resumed leaves out what
+    its file lists, so that its data stay the same, and looks only whether the rest is still usable.
+
+    Args:
+        datasets: by the name that the file gives them: `train`, `eval`.
+        max_fraction: of the samples of each, 0 to 1.
+
+    Returns:
+        how many were left out of each.
+
+    Raises:
+        UserError: when over `max_fraction` of the samples, or all of them, are bad; when samples became bad since.
+    """
+    path = Path(output_dir) / BAD_SAMPLES_NAME
+    recorded = _from_first_process(lambda: _read_bad_samples(path) if resuming and path.is_file() else None)
+    if recorded is not None:
+        for split, dataset in datasets.items():
+            dataset.raw_data = dataset.raw_data.without(recorded[split])
+            if new := find_problems(dataset):
+                raise UserError(
+                    f"These samples became unusable since the run began; a resumed run leaves out just what {path} "
+                    f"lists:\n{report_problems(new)}"
+                )
+        return {split: len(recorded[split]) for split in datasets}
+    bad = {}
+    for split, dataset in datasets.items():
+        bad[split] = problems = find_problems(dataset, decode=True)
+        total = len(dataset)
+        if len(problems) > max_fraction * total or len(problems) == total:
+            raise UserError(
+                f"{len(problems)} of {total} samples ({len(problems) / total:.1%}) cannot be used, more than "
+                f"--max_bad_fraction {max_fraction} allows:\n{report_problems(problems)}"
+            )
+        dataset.raw_data = dataset.raw_data.without([problem.index for problem in problems])
+        if problems:
+            logger.warning("%d of %d samples left out:\n%s", len(problems), total, report_problems(problems))
+    _from_first_process(lambda: _write_bad_samples(path, bad))
+    return {split: len(problems) for split, problems in bad.items()}
+
+
+def _from_first_process(make: Callable[[], object]) -> object:
+    """What `make` returns in the first process of a distributed run, in all of them."""
+    if not torch.distributed.is_initialized():
+        return make()
+    made = [make() if torch.distributed.get_rank() == 0 else None]
+    torch.distributed.broadcast_object_list(made)
+    return made[0]
+
+
+def _write_bad_samples(path: Path, bad: Mapping[str, list[Problem]]) -> None:
+    lines = [
+        json.dumps(
+            {"split": split, "sample": p.index, "file": p.file, "index": p.number, "id": p.id, "cause": p.cause},
+            ensure_ascii=False,
+            default=repr,
+        )
+        for split, problems in bad.items()
+        for p in problems
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
+    os.replace(aside, path)
+
+
+def _read_bad_samples(path: Path) -> dict[str, list[int]]:
+    found = defaultdict(list)
+    for line in path.read_text(encoding="utf-8").splitlines():
+        entry = json.loads(line)
+        found[entry["split"]].append(entry["sample"])
+    return found
