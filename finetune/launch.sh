@@ -24,12 +24,25 @@ else
 fi
 
 # Settings of the launcher, then the variables, then the user's flags: of a flag given twice the last one wins.
-set -- --model_name_or_path "$MODEL" --data_path "$DATA" --output_dir "$OUTPUT_DIR" "$@"
+# DATA and EVAL_DATA may name several files, with spaces or as a pattern, unless the whole is the name of one.
+# shellcheck disable=SC2086
+if [ -e "$DATA" ]; then
+  set -- --data_path "$DATA" "$@"
+else
+  set -- --data_path $DATA "$@"
+fi
+set -- --model_name_or_path "$MODEL" --output_dir "$OUTPUT_DIR" "$@"
 if [ -n "$LLM_TYPE" ]; then
   set -- --llm_type "$LLM_TYPE" "$@"
 fi
 if [ -n "$EVAL_DATA" ]; then
-  set -- --eval_data_path "$EVAL_DATA" --eval_strategy steps --eval_steps "$SAVE_STEPS" "$@"
+  set -- --eval_strategy steps --eval_steps "$SAVE_STEPS" "$@"
+  # shellcheck disable=SC2086
+  if [ -e "$EVAL_DATA" ]; then
+    set -- --eval_data_path "$EVAL_DATA" "$@"
+  else
+    set -- --eval_data_path $EVAL_DATA "$@"
+  fi
 fi
 if [ -n "$DS_CONFIG" ]; then
   if [ ! -f "$DS_CONFIG" ] && [ -f "$HERE/$DS_CONFIG" ]; then

@@ -323,3 +323,59 @@ def test_lora_modules_to_save_and_layers(tiny, data_file, tmp_path):
     model = AutoPeftModelForCausalLM.from_pretrained(tmp_path)
     assert model.load_state_dict(extra, strict=False).unexpected_keys == []
     assert not [name for name in extra if "original_module" in name]
+
+
+@pytest.fixture
+def bad_data(data_file, tmp_path) -> list[Path]:
+    """The samples of `data_file` in two files, with three among them that cannot be used."""
+    samples = json.loads(data_file.read_text())
+    damaged = bytearray((data_file.parent / "1.png").read_bytes())
+    damaged[-20] ^= 0xFF  # in the pixels' checksum: the header is well
+    (tmp_path / "damaged.png").write_bytes(damaged)
+    samples.insert(2, {"id": "no answer", "conversations": samples[0]["conversations"][:1]})
+    samples.insert(9, {**samples[0], "id": "no file", "image": str(tmp_path / "gone.png")})
+    samples.insert(20, {**samples[0], "id": "damaged", "image": str(tmp_path / "damaged.png")})
+    (tmp_path / "a.json").write_text(json.dumps(samples[:12]))
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(sample) + "\n" for sample in samples[12:]))
+    return [tmp_path / "a.json", tmp_path / "b.jsonl"]
+
+
+@pytest.mark.parametrize("name", named("lora-llama3-1-plain", "lora-llama3-2-zero2"))
+def test_bad_samples_are_skipped(name, run, tiny, data_file, bad_data, tmp_path):
+    """The run is the one over the good samples alone, on every process, and so is its resumption, though the missing
+    file has come back meanwhile."""
+    flags = ("--bad_samples", "skip", "--max_bad_fraction", 0.2, "--image_folder", data_file.parent)
+    folder = tmp_path / "out"
+    data = " ".join(map(str, bad_data))
+    train(name, folder, tiny, data, *flags)
+    assert losses(folder) == pytest.approx(losses(run(name)), rel=1e-5)
+    record = (folder / "bad_samples.jsonl").read_text()
+    assert [json.loads(line)["id"] for line in record.splitlines()] == ["no answer", "no file", "damaged"]
+    assert [json.loads(line)["index"] for line in record.splitlines()] == [2, 9, 8]
+    settings = json.loads((folder / "training_settings.json").read_text())["resolved"]
+    assert settings["train_samples"] == 24 and settings["left_out"] == {"train": 3}
+
+    shutil.rmtree(folder / "checkpoint-4")
+    shutil.copy(data_file.parent / "0.png", tmp_path / "gone.png")
+    train(name, folder, tiny, data, *flags, "--resume_from_checkpoint", "true")
+    assert losses(folder) == pytest.approx(losses(run(name)), rel=1e-5)
+    assert (folder / "bad_samples.jsonl").read_text() == record
+
+
+def test_bad_samples_stop_every_process_with_one_message(tiny, data_file, bad_data, tmp_path):
+    result = launch(
+        "finetune_lora.sh",
+        *("--image_folder", data_file.parent),
+        check=False,
+        MODEL=tiny["llama3"],
+        DATA=f"{tmp_path}/*.json*",
+        OUTPUT_DIR=tmp_path / "out",
+        GPUS_PER_NODE=2,
+        DS_CONFIG="",
+    )
+    assert result.returncode != 0
+    assert result.stderr.count("These samples cannot be used") == 1
+    assert f"{bad_data[0]}: sample 2 (id 'no answer')" in result.stderr
+    assert f"{bad_data[0]}: sample 9 (id 'no file')" in result.stderr
+    assert "ValueError" not in result.stderr
+    assert not (tmp_path / "out" / "trainer_state.json").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from itertools import chain
 
 import pytest
 import torch
@@ -180,3 +181,22 @@ def test_any_module_with_the_contract_trains_through_its_wrapper(dataset, tmp_pa
     assert not torch.equal(before, model.table.weight)
     assert {"input_ids", "position_ids", "pixel_values", "image_bound", "tgt_sizes"} <= set(model.seen[0])
     assert "labels" not in model.seen[0]
+
+
+def test_group_by_length(model, dataset, tmp_path, monkeypatch):
+    """Batches come from the data set's own lengths, anew in every epoch, and evaluation keeps its order."""
+    dataset.lengths = [len(dataset[n]["input_ids"]) for n in range(len(dataset))]
+    trainer = make_trainer(
+        model, dataset, tmp_path, train_sampling_strategy="group_by_length", per_device_train_batch_size=2
+    )
+    monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda _, index: {"index": index})
+    trainer.data_collator = lambda items: [item["index"] for item in items]
+    loader = trainer.get_train_dataloader()
+    epochs = []
+    for epoch in (0, 1, 0):
+        loader.set_epoch(epoch)
+        epochs.append(list(loader))
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert sorted(chain.from_iterable(epochs[0])) == list(range(len(dataset)))
+    assert max(dataset.lengths) == dataset.lengths[epochs[0][0][0]]
+    assert list(chain.from_iterable(trainer.get_eval_dataloader())) == list(range(len(dataset)))

@@ -6,6 +6,7 @@ A conversation is a list of messages `{"role": "user" | "assistant" | "system", 
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -207,22 +208,25 @@ def _encode_llama3(turns: Sequence[Turn], tokenizer, generation_prompt: bool) ->
     Every turn begins and ends with a special token and text never merges across one, so encoding header and body
     one by one gives the ids of the whole.
     """
-
-    def ids_of(text: str) -> list[int]:
-        # Beneath the tokenizer's own call, which takes several times as long for short texts.
-        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-
+    # Beneath the tokenizer's own call, which takes several times as long for short texts.
+    backend = tokenizer.backend_tokenizer
     ids, asked = [tokenizer.bos_token_id], [False]
     for role, text, supervised in turns:
-        header, body = ids_of(LLAMA3_HEADER.format(role=role)), ids_of(text.strip() + "<|eot_id|>")
+        header = _llama3_header(backend, role)
+        body = backend.encode(text.strip() + "<|eot_id|>", add_special_tokens=False).ids
         ids += header + body
         asked += [False] * len(header) + [supervised] * len(body)
     if generation_prompt:
-        header = ids_of(LLAMA3_HEADER.format(role="assistant"))
+        header = _llama3_header(backend, "assistant")
         ids += header
         asked += [False] * len(header)
     ids = np.array(ids, dtype=np.int64)
     return ids, _shift(np.where(asked, ids, IGNORE_INDEX))
+
+
+@functools.lru_cache(maxsize=32)
+def _llama3_header(backend, role: str) -> list[int]:
+    return backend.encode(LLAMA3_HEADER.format(role=role), add_special_tokens=False).ids
 
 
 def _encode_minicpm(turns: Sequence[Turn], tokenizer, generation_prompt: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -6,6 +6,7 @@ All sizes are (width, height) in pixels and all grids (columns, rows), unless a 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 
 import numpy as np
@@ -71,17 +72,21 @@ def slice_image(
 ) -> tuple[list[Image.Image], tuple[int, int] | None]:
     """The overview followed by the slices row by row, and the grid (None without slices)."""
     overview_size, grid, cell = plan_slices(image.size, max_slice_nums, scale_resolution, patch_size)
-    pictures = [image.resize(overview_size, Image.Resampling.BICUBIC)]
+    pictures = [_resized(image, overview_size)]
     if grid is not None:
         columns, rows = grid
         width, height = cell
-        whole = image.resize((width * columns, height * rows), Image.Resampling.BICUBIC)
+        whole = _resized(image, (width * columns, height * rows))
         pictures += [
             whole.crop((c * width, r * height, (c + 1) * width, (r + 1) * height))
             for r in range(rows)
             for c in range(columns)
         ]
     return pictures, grid
+
+
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    return image if image.size == size else image.resize(size, Image.Resampling.BICUBIC)
 
 
 def placeholder(grid: tuple[int, int] | None) -> str:
@@ -102,7 +107,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         return _deep_gray(image).convert("RGB")
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     rgb = Image.new("RGB", image.size, "white")
     rgb.paste(image, mask=image)
@@ -118,8 +124,11 @@ def _deep_gray(image: Image.Image) -> Image.Image:
 
 def raw_pixels(image: Image.Image) -> torch.Tensor:
     """RGB picture -> uint8 (3, H, W), to be normalised on the model's device: a quarter of the bytes to carry there
-    and no arithmetic on the way."""
-    return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
+    and no arithmetic on the way. Not to be written to: it shares a Python object's memory."""
+    with warnings.catch_warnings():
+        # A copy would take longer than all else that is done for a small picture.
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        return torch.from_numpy(np.asarray(image)).permute(2, 0, 1)
 
 
 def normalise(pixels: torch.Tensor) -> torch.Tensor:
