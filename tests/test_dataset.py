@@ -5,10 +5,11 @@ from __future__ import annotations
 import base64
 import json
 import os
+import re
 
 import pytest
 import torch
-from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES
+from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, ROOT
 from PIL import Image
 from transformers import AutoTokenizer
 
@@ -360,3 +361,25 @@ def test_system_turn():
         make_dataset(
             [{"id": "s", "conversations": turns}], AutoTokenizer.from_pretrained(GOLDEN["minicpm"]), "minicpm"
         )[0]
+
+
+def test_every_sample_of_the_readme_trains(tmp_path):
+    """The data section shows valid JSON, and each sample in it is one that 2.5 takes."""
+    section = (ROOT / "README.md").read_text().partition("## Your data")[2].partition("\n## ")[0]
+    blocks = re.findall(r"```json\n(.*?)```", section, re.S)
+    assert len(blocks) == 2 and "```\n[" not in section
+    (tmp_path / "images").mkdir()
+    for name in ("desserts", "a", "b"):
+        Image.new("RGB", (60, 40)).save(tmp_path / "images" / f"{name}.jpg")
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN["llama3"])
+    pictures = []
+    for block in blocks:
+        samples = json.loads(block)
+        dataset = SupervisedDataset(
+            samples, build_transform(), tokenizer, None, "llama3", query_nums=12, image_folder=tmp_path
+        )
+        assert find_problems(dataset) == []
+        pictures += [len(dataset[n]["pixel_values"]) for n in range(len(samples))]
+        answers = supervised_text(dataset[len(samples) - 1], tokenizer)
+    assert pictures == [1, 2, 2, 0, 1]
+    assert answers == "Cake.<|eot_id|>"

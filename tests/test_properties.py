@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, LLM_TYPES
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
@@ -81,7 +81,7 @@ def make_dataset(model, turns, images, shape, pictures, **kwargs) -> SupervisedD
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 def test_sample_is_what_chat_feeds(model, pictures, data):
     turns, images, shape = data.draw(conversations())
     tokenizer, query_num = model.tokenizer, model.config.query_num
@@ -141,7 +141,7 @@ def test_sample_is_what_chat_feeds(model, pictures, data):
 
 
 @given(data=st.data())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 def test_truncation_keeps_a_sample_whole(model, pictures, data):
     turns, images, shape = data.draw(conversations())
     item = make_dataset(model, turns, images, shape, pictures)[0]
@@ -168,7 +168,7 @@ def test_truncation_keeps_a_sample_whole(model, pictures, data):
 
 
 @given(weights=st.lists(st.sampled_from([0, 1, None]), min_size=1, max_size=4))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
 def test_weight_masks_its_answer_alone(model, weights):
     turns = []
     for number, weight in enumerate(weights):
