@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from finetune import data_files
@@ -93,7 +93,7 @@ def turns(*texts: str) -> dict:
     return {"conversations": [{"role": role, "content": text} for role, text in zip("ua", texts, strict=False)]}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(VALUES, min_size=1, max_size=5),
     st.sampled_from([None, 0, 3, "\t", "\r\n"]),
@@ -108,7 +108,7 @@ def test_lists_are_read_as_by_json(scratch, samples, indent, escaped, around, ch
     assert listed(path, chunk) == json.loads(text)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     st.lists(st.tuples(VALUES, st.sampled_from(["\n", "\r\n", "\n\n", "\n \t\r\n"])), max_size=5),
     st.booleans(),
@@ -121,7 +121,7 @@ def test_lines_are_read_as_by_json(scratch, lines, ended, chunk):
     assert listed(path, chunk) == [{"first": 1}, *(value for value, _ in lines)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.text("[]{},'\"\\ \na1", max_size=25) | st.binary(max_size=12).map(lambda b: b.decode("latin1")))
 def test_any_bytes_are_read_or_refused(scratch, text):
     for name in ("any.json", "any.jsonl"):
@@ -504,7 +504,7 @@ def test_what_is_neither_python_nor_json(write, caplog, text):
     assert not caplog.records
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(VALUES, min_size=1, max_size=4))
 def test_python_literals_mean_what_python_says(scratch, samples):
     text = re.sub(r"\binf\b", "1", repr([None, *samples]))
