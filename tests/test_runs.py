@@ -340,7 +340,7 @@ def bad_data(data_file, tmp_path) -> list[Path]:
     return [tmp_path / "a.json", tmp_path / "b.jsonl"]
 
 
-@pytest.mark.parametrize("name", named("lora-llama3-1-plain", "lora-llama3-2-zero2"))
+@pytest.mark.parametrize("name", [pytest.param("lora-llama3-1-plain", marks=pytest.mark.slow), "lora-llama3-2-zero2"])
 def test_bad_samples_are_skipped(name, run, tiny, data_file, bad_data, tmp_path):
     """The run is the one over the good samples alone, on every process, and so is its resumption, though the missing
     file has come back meanwhile."""
