@@ -14,9 +14,11 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import AutoConfig, HfArgumentParser
+from transformers.utils import is_liger_kernel_available
 
 from finetune.loading import EXTRA_WEIGHTS_NAME
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
+from finetune.zero import without_communication
 
 logger = logging.getLogger("finetune")
 
@@ -116,6 +118,17 @@ class TrainingArguments(transformers.TrainingArguments):
     )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples per step and GPU."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Samples per evaluation step and GPU."})
+    vision_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Gradient checkpointing of vision tower and resampler: less memory, a third more of their "
+            "arithmetic. None: as --gradient_checkpointing."
+        },
+    )
+    llm_checkpointing: bool | None = field(
+        default=None,
+        metadata={"help": "The same for the language model. None: as --gradient_checkpointing."},
+    )
     bf16: bool | None = field(
         default=None, metadata={"help": "Train in bfloat16. None: where the GPU has it, and --fp16 is not given."}
     )
@@ -150,6 +163,12 @@ class TrainingArguments(transformers.TrainingArguments):
             self.warmup_steps = self.warmup_ratio  # transformers 5: below 1, a part of all steps
         if not torch.accelerator.is_available():
             self.use_cpu = True  # unsaid, accelerate would not connect the processes of a CPU run with each other
+        self._resolve_checkpointing()
+        if self.deepspeed and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            self.deepspeed = without_communication(json.loads(Path(self.deepspeed).read_text(encoding="utf-8")))
+        if self.accelerator_config is None:
+            # or every batch would wait on its way to the device for all that was asked of the device before
+            self.accelerator_config = {"non_blocking": True}
         if self.tune_llm is None:
             self.tune_llm = not self.use_lora
         if self.bf16 is None and self.fp16 is None:
@@ -158,6 +177,16 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.label_names is None:
             self.label_names = ["labels"]
         super().__post_init__()
+
+    def _resolve_checkpointing(self) -> None:
+        """One switch of transformers (whose newest name is `activation_checkpointing`) becomes two."""
+        whole = bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
+        self.vision_checkpointing = whole if self.vision_checkpointing is None else self.vision_checkpointing
+        self.llm_checkpointing = whole if self.llm_checkpointing is None else self.llm_checkpointing
+        either = self.vision_checkpointing or self.llm_checkpointing
+        if either != whole:
+            newest = hasattr(self, "activation_checkpointing")
+            setattr(self, "activation_checkpointing" if newest else "gradient_checkpointing", either)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -345,6 +374,7 @@ def check_arguments(
         problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to below 1")
     if training.n_gpu > 1:
         problems.append("several GPUs but one process: start with torchrun, as finetune_ds.sh and finetune_lora.sh do")
+    problems += _liger_problems(training)
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
     starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
@@ -358,6 +388,17 @@ def check_arguments(
             f"--resume_from_checkpoint {resume}: is no checkpoint folder; name one (OUTPUT_DIR/checkpoint-N) or say "
             "true for the newest in --output_dir"
         )
+    return problems
+
+
+def _liger_problems(training: TrainingArguments) -> list[str]:
+    if not training.use_liger_kernel:
+        return []
+    problems = []
+    if training.use_cpu:
+        problems.append("--use_liger_kernel true: its kernels run on GPUs only")
+    if not is_liger_kernel_available():
+        problems.append("--use_liger_kernel true: the package is missing (pip install liger-kernel)")
     return problems
 
 

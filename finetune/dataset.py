@@ -367,8 +367,8 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
 
     Returns:
         `input_ids`, `position_ids`, `labels` (B, L) int64, `attention_mask` (B, L) bool; `pixel_values`,
-        `tgt_sizes`, `image_bound` as lists per sample; `label_index` (K,) int64, the supervised positions in the
-        flattened batch; `right_padded` and `independent_samples`, see `MiniCPMV.forward`.
+        `tgt_sizes`, `image_bound` as lists per sample; `label_index` (K,) and `token_index` (T,) int64, the supervised
+        positions and the tokens in the flattened batch; `lengths` and `independent_samples`, see `MiniCPMV.forward`.
     """
     items = [truncate(example, max_length) for example in examples]
 
@@ -376,17 +376,18 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
         return pad_sequence([item[key] for item in items], batch_first=True, padding_value=value)
 
     labels = pad("labels", IGNORE_INDEX)
+    lengths = [len(item["input_ids"]) for item in items]
+    attention_mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return {
         "input_ids": pad("input_ids", padding_value),
         "position_ids": pad("position_ids", 0),
         "labels": labels,
-        "attention_mask": pad_sequence(
-            [torch.ones(len(item["input_ids"]), dtype=torch.bool) for item in items], batch_first=True
-        ),
+        "attention_mask": attention_mask,
         "pixel_values": [item["pixel_values"] for item in items],
         "tgt_sizes": [item["tgt_sizes"] for item in items],
         "image_bound": [item["image_bound"] for item in items],
         "label_index": torch.nonzero(labels.flatten() != IGNORE_INDEX).flatten(),
-        "right_padded": True,
+        "token_index": torch.nonzero(attention_mask.flatten()).flatten(),
+        "lengths": lengths,
         "independent_samples": True,
     }

@@ -137,12 +137,25 @@ def load_model(
         dtype=torch.float32 if trains_most else args.compute_dtype,
         attn_implementation=model_args.attn_implementation,
     )
+    if args.use_liger_kernel:
+        use_liger_kernels(model.llm)
     model = prepare_trainable(model, args, lora_args)
     if mixed:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return model
+
+
+def use_liger_kernels(llm: torch.nn.Module) -> None:
+    """Fused SwiGLU from the liger-kernel package; norms, rotary embedding and loss have their own ways here.
+
+    Trainer, which would do this by model type, knows the language model's type but not that of the model around it.
+    """
+    from transformers.integrations.liger import apply_liger_kernel
+
+    others = dict.fromkeys(("rope", "rms_norm", "cross_entropy", "fused_linear_cross_entropy"), False)
+    apply_liger_kernel(llm, {"swiglu": True, **others})
 
 
 def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraArguments) -> torch.nn.Module:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
@@ -27,21 +30,26 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
+from finetune.recompute import recompute
+from finetune.zero import LightZeroStep, split_param_groups
 
 
 def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy summed over supervised tokens, divided by their number in the whole optimizer step.
 
     Args:
-        outputs: `logits` (K, V), or (B, L, V) with `labels` (B, L).
+        outputs: `loss`, already summed, or `logits` (K, V), or (B, L, V) with `labels` (B, L).
         labels: already shifted, -100 where nothing is asked.
         num_items_in_batch: supervised tokens of the step over all ranks and accumulation steps; None: of this batch.
     """
-    logits = outputs.logits.flatten(0, -2).float()
-    labels = labels.flatten().to(logits.device)
+    total, labels = outputs.get("loss"), labels.flatten()
+    if total is None:
+        logits = outputs.logits.flatten(0, -2).float()
+        labels = labels.to(logits.device)
+        total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     if num_items_in_batch is None:
         num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    return F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum") / num_items_in_batch
+    return total / num_items_in_batch
 
 
 class CPMTrainer(Trainer):
@@ -66,6 +74,21 @@ class CPMTrainer(Trainer):
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self._takes_logits_index = isinstance(base, MiniCPMV)
         self._full_logits_wanted = False
+        self.add_callback(Checkpointing())
+        if self._zero_stage in (1, 2):
+            self.add_callback(LightZeroStep())
+
+    @property
+    def _zero_stage(self) -> int | None:
+        """0 to 3; None without DeepSpeed."""
+        return self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+
+    def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
+        """As in Trainer; for ZeRO-1 and 2 in groups of a limited size, see `zero.py`."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._zero_stage in (1, 2):
+            split_param_groups(optimizer)
+        return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         """The Trainer's own, on `data` and the labels of the positions whose logits are computed."""
@@ -77,8 +100,10 @@ class CPMTrainer(Trainer):
                 index = inputs.get("label_index")
                 if index is None:
                     index = torch.nonzero(labels.flatten() != IGNORE_INDEX).flatten()
-                wrapped["logits_index"] = index
                 labels = labels.flatten()[index]
+                wrapped["logits_index"] = index
+                if self.compute_loss_func is token_loss:
+                    wrapped["targets"] = labels
         return super().compute_loss(model, {**wrapped, "labels": labels}, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
@@ -108,8 +133,7 @@ class CPMTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer. For LoRA at ZeRO-0, 1 and 2, where rank 0 holds all that is saved, without Trainer's copy of
         the whole frozen model into the host memory of every rank."""
-        zero_stage = self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
-        if isinstance(self.model, PeftModel) and zero_stage in (0, 1, 2):
+        if isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2):
             self._save(output_dir or self.args.output_dir)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
@@ -134,6 +158,28 @@ class CPMTrainer(Trainer):
         super()._load_best_model()
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
+
+
+class Checkpointing(TrainerCallback):
+    """Turns gradient checkpointing off for vision or language where `--vision_checkpointing` or `--llm_checkpointing`
+    say so, and puts `recompute` in the place of torch's. Trainer, which knows one switch for the whole model, has
+    turned it on by then."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not isinstance(base, MiniCPMV):
+            return
+        for switch, parts in (("vision_checkpointing", ("vpm", "resampler")), ("llm_checkpointing", ("llm",))):
+            if getattr(args, switch, None) is False:
+                for layer in chain.from_iterable(base.get_submodule(part).modules() for part in parts):
+                    if hasattr(layer, "gradient_checkpointing"):
+                        layer.gradient_checkpointing = False
+        if is_deepspeed_zero3_enabled():
+            return  # a partitioned parameter is empty while its module does not run, which `recompute` cannot take
+        for layer in (*base.llm.model.layers, *base.vpm.layers, base.resampler):
+            trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+            random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
+            layer._gradient_checkpointing_func = partial(recompute, trained, random)
 
 
 class EpochLengthSampler(LengthGroupedSampler):

@@ -13,8 +13,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from finetune.minicpmv import MiniCPMV, MiniCPMVConfig
-from finetune.minicpmv.vision import patch_grid, strip_position_ids, to_strip
+from finetune.minicpmv import MiniCPMV, MiniCPMVConfig, language
+from finetune.minicpmv.packing import Packing, packed_attention
+from finetune.minicpmv.vision import patch_grid, strip_position_ids, to_patches, to_strip
 
 HUB = {"llama3": "minicpm_llama3_v2_5", "minicpm": "minicpm_v2"}
 
@@ -93,10 +94,10 @@ def test_other_models_are_refused():
 
 
 def test_slices_are_encoded_together(model, llm_type):
-    batches = []
+    batches, data = [], golden_batch(llm_type)
     model.vpm.register_forward_hook(lambda *call: batches.append(call[2].shape[0]))
-    model(data=golden_batch(llm_type))
-    assert batches == [4]
+    model(data=data)
+    assert batches == [sum(int(high * wide) for sizes in data["tgt_sizes"] for high, wide in sizes.view(-1, 2))]
 
 
 def test_attention_is_fused(model, llm_type, monkeypatch):
@@ -105,7 +106,7 @@ def test_attention_is_fused(model, llm_type, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *a, **k: calls.append(1) or original(*a, **k))
     model(data=golden_batch(llm_type))
     vision_layers = 2 if llm_type == "llama3" else 5
-    assert len(calls) == vision_layers + 1 + 2  # vision tower, resampler, language model
+    assert len(calls) == 4 * (vision_layers + 1) + 2  # 4 slices in vision tower and resampler; language model
 
 
 def test_samples_do_not_depend_on_their_batch_where_asked(model, llm_type):
@@ -118,11 +119,98 @@ def test_samples_do_not_depend_on_their_batch_where_asked(model, llm_type):
         torch.testing.assert_close(together[sample, :length], model(data=alone).logits[0, :length], atol=2e-6, rtol=0)
 
 
-def test_right_padded_needs_no_mask(model, llm_type):
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_batch_without_its_padding_gives_the_same(model, llm_type, checkpointing, monkeypatch):
+    """Logits, loss and gradients of the packed computation are those of the padded one with its mask."""
+    model.train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    padded = golden_batch(llm_type)
+    real, labels = padded["attention_mask"], padded["labels"].flatten()
+    packed = {**padded, "lengths": real.sum(1).tolist(), "token_index": torch.nonzero(real.flatten()).flatten()}
+    assert min(packed["lengths"]) < real.shape[1]
+    index = torch.nonzero(labels != -100).flatten()
+    widths, results = [], []
+    model.llm.model.register_forward_hook(lambda *call: widths.append(call[2].last_hidden_state.shape[:2]))
+    monkeypatch.setattr(language, "LOGITS_AT_ONCE", 7 * 704)  # chunks of 7 positions
+    for data in (padded, packed):
+        model.zero_grad()
+        logits = model(data=data, use_cache=False).logits[real]
+        loss = model(data=data, logits_index=index, targets=labels[index], use_cache=False).loss
+        loss.backward()
+        results.append((logits.detach(), loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+    assert widths == [real.shape] * 2 + [(1, real.sum())] * 2
+    (logits, loss, grads), (packed_logits, packed_loss, packed_grads) = results
+    torch.testing.assert_close(packed_logits, logits, atol=2e-6, rtol=0)
+    torch.testing.assert_close(packed_loss, loss, atol=1e-5, rtol=1e-6)
+    full = F.cross_entropy(model(data=padded, use_cache=False).logits.flatten(0, 1)[index], labels[index])
+    torch.testing.assert_close(packed_loss / len(index), full, atol=1e-5, rtol=0)
+    for name, grad in grads.items():
+        torch.testing.assert_close(packed_grads[name], grad, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_packed_batches_of_other_attention_keep_their_padding(llm_type):
+    """`eager` knows nothing of packing; the same batch runs with its mask."""
     data = golden_batch(llm_type)
     real = data["attention_mask"]
-    with_mask = model(data=data).logits[real]
-    torch.testing.assert_close(model(data={**data, "right_padded": True}).logits[real], with_mask, atol=1e-6, rtol=0)
+    data.update(lengths=real.sum(1).tolist(), token_index=torch.nonzero(real.flatten()).flatten())
+    logits = []
+    for attention in ("sdpa", "eager"):
+        model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32, attn_implementation=attention)
+        logits.append(model(data=data).logits[real])
+    torch.testing.assert_close(*logits, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 72), (8, 2, 128)])
+def test_packed_attention_is_attention_within_each_sequence(device, causal, heads, kv_heads, width):
+    dtype, tolerance = (torch.float64, 1e-9) if device == "cpu" else (torch.bfloat16, 2e-2)
+    lengths, total = [5, 1, 130, 64], 200
+    torch.manual_seed(0)
+    shapes = (total, heads, width), (total, kv_heads, width), (total, kv_heads, width)
+    q, k, v = (torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes)
+    packing = Packing.of(lengths, torch.device(device))
+    sequence, place = packing.places()
+    assert sequence.tolist() == [n for n, length in enumerate(lengths) for _ in range(length)]
+    assert place.tolist() == [n for length in lengths for n in range(length)]
+    mask = sequence[:, None] == sequence
+    if causal:
+        mask = mask & (place[:, None] >= place)
+    wide = [x.double().transpose(0, 1).repeat_interleave(heads // x.shape[1], 0) for x in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*(x[None] for x in wide), attn_mask=mask[None])[0].transpose(0, 1)
+    out = packed_attention(q, k, v, packing, causal=causal)
+    torch.testing.assert_close(out.double(), expected, atol=tolerance, rtol=tolerance)
+    weights = torch.randn_like(expected)
+    expected_grads = torch.autograd.grad((expected * weights).sum(), (q, k, v), retain_graph=True)
+    grads = torch.autograd.grad((out.double() * weights).sum(), (q, k, v))
+    for grad, wanted in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), wanted.double(), atol=5 * tolerance, rtol=5 * tolerance)
+    queries = Packing.of([2] * 4, torch.device(device))  # as the resampler's
+    crossed = packed_attention(q[:8], k, v, queries, packing)
+    allowed = queries.places()[0][:, None] == sequence
+    expected = F.scaled_dot_product_attention(wide[0][None, :, :8], *(x[None] for x in wide[1:]), attn_mask=allowed)
+    torch.testing.assert_close(crossed.double(), expected[0].transpose(0, 1), atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.bfloat16, 3e-2)])
+def test_loss_of_the_output_layer_in_chunks(dtype, tolerance, monkeypatch):
+    """The same loss and gradients, and never more logits than asked for."""
+    torch.manual_seed(0)
+    head = language.LMHead(16, 50, bias=False, dtype=dtype)
+    hidden, targets = torch.randn(23, 16, dtype=dtype, requires_grad=True), torch.randint(50, (23,))
+    whole = F.cross_entropy(head(hidden).float() / 3, targets, reduction="sum")
+    expected = torch.autograd.grad(whole, (hidden, head.weight))
+    sizes = []
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda *a: sizes.append(len(a[0])) or linear(*a))
+    monkeypatch.setattr(language, "LOGITS_AT_ONCE", 5 * 50 + 3)
+    loss = head(hidden, targets, 3.0)
+    grads = torch.autograd.grad(loss, (hidden, head.weight))
+    assert loss.dtype == torch.float32 and max(sizes) == 5 and len(sizes) == 10  # five chunks, there and back
+    torch.testing.assert_close(loss, whole, atol=1e-3, rtol=1e-5)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted, atol=tolerance, rtol=tolerance)
 
 
 def test_logits_at_given_positions(model, llm_type):
@@ -296,6 +384,9 @@ def test_strip_layout():
     assert patch_grid(picture, 14) == (2, 3) and strip.shape == (3, 14, 84)
     assert torch.equal(strip[:, :, 56:70], picture[:, 14:28, 14:28])  # patch 4 is row 1, column 1
     assert to_strip(strip, 14) is strip
+    patches = to_patches(picture, 14)
+    assert torch.equal(patches, to_patches(strip, 14)) and patches.shape == (6, 588)
+    assert torch.equal(patches[4].view(3, 14, 14), picture[:, 14:28, 14:28])
     assert patch_grid(picture[:, 1:, 1:], 14) == (2, 3) and to_strip(picture[:, 1:, 1:], 14).shape == (3, 14, 84)
 
 

@@ -1,6 +1,6 @@
 """MiniCPM-Llama3-V 2.5 and MiniCPM-V 2.0: vision tower `vpm`, `resampler` and language model `llm`.
 
-Shapes: B samples, L tokens of the longest sample, S slices in the whole batch, N patches of the longest slice,
+Shapes: B samples, L tokens of the longest sample, T tokens of all samples together, S slices in the whole batch,
 Q query tokens per slice, D width of the language model. Labels are shifted by the dataset, never here.
 """
 
@@ -8,36 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from threading import Thread
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from transformers import (
-    GenerationMixin,
-    GraniteForCausalLM,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    TextIteratorStreamer,
-)
+from transformers import GenerationMixin, PreTrainedModel, TextIteratorStreamer
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_minicpm import MiniCPMVConfig
 from .conversation import encode
 from .image_slicing import normalise, upright_rgb
+from .language import LMHead, language_model, rotary_tables
+from .packing import Packing
 from .resampler import Resampler
-from .vision import StripVisionTransformer, TimmVisionTower, length_mask, pad_strips, patch_grid, to_strip
-
-
-class MiniCPMForCausalLM(GraniteForCausalLM):
-    """MiniCPM 2.4B as Granite; token embeddings are multiplied by `scale_emb`, image features never are."""
-
-    scale_emb: float = 1.0
-
-    def forward(self, input_ids: torch.Tensor | None = None, inputs_embeds: torch.Tensor | None = None, **kwargs):
-        if inputs_embeds is None:
-            inputs_embeds = self.model.embed_tokens(input_ids) * self.scale_emb
-        return super().forward(inputs_embeds=inputs_embeds, **kwargs)
+from .vision import StripVisionTransformer, TimmVisionTower, patch_grid, to_patches
 
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
@@ -53,19 +40,13 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MiniCPMVConfig):
         super().__init__(config)
-        llm_config = config.llm_config()
-        llm_config._attn_implementation = config._attn_implementation
+        self.llm = language_model(config)
         if config.llm_type == "llama3":
-            self.llm = LlamaForCausalLM(llm_config)
-            vision_config = config.vision_tower_config()
-            vision_config._attn_implementation = config._attn_implementation
-            self.vpm = StripVisionTransformer(vision_config)
+            self.vpm = StripVisionTransformer(config.vision_tower_config())
         else:
-            self.llm = MiniCPMForCausalLM(llm_config)
-            self.llm.scale_emb = config.scale_emb
             self.vpm = TimmVisionTower(config.vision_encoder, config.drop_vision_last_layer)
         self.scale_emb = config.scale_emb or 1.0
-        self.logits_scaling = getattr(llm_config, "logits_scaling", 1.0)
+        self.logits_scaling = getattr(self.llm.config, "logits_scaling", 1.0)
         self.resampler = Resampler(
             config.query_num, config.hidden_size, self.vpm.width, query_positions=config.llm_type == "minicpm"
         )
@@ -120,21 +101,29 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             (S, Q, D)
         """
         device, dtype = self.resampler.query.device, next(self.vpm.parameters()).dtype
-        sizes = [patch_grid(pixels, self.vpm.patch_size) for pixels in pixel_values]
-        pixel_values = [pixels.to(device, non_blocking=True) for pixels in pixel_values]
-        pixel_values = [normalise(pixels) if pixels.dtype == torch.uint8 else pixels for pixels in pixel_values]
-        strips = [to_strip(pixels, self.vpm.patch_size) for pixels in pixel_values]
+        patch = self.vpm.patch_size
+        sizes = [patch_grid(pixels, patch) for pixels in pixel_values]
         lengths = [high * wide for high, wide in sizes]
-        spans, start = [], 0
-        for count in [len(lengths)] if groups is None else groups:
-            spans += [max(lengths[start : start + count], default=0)] * count
-            start += count
-        takes_spans = self.config.llm_type == "llama3"
-        features = self.vpm(pad_strips(strips).to(dtype), spans if takes_spans else sizes)  # (S, N, V)
+        pixel_values = [pixels.to(device, non_blocking=True) for pixels in pixel_values]
+        whole = all(not (p.shape[1] % patch or p.shape[2] % patch) for p in pixel_values)
+        if whole and all(pixels.dtype == torch.uint8 for pixels in pixel_values):  # as the data set gives them
+            patches = normalise(torch.cat([to_patches(pixels, patch) for pixels in pixel_values]))
+        else:
+            normalised = (normalise(pixels) if pixels.dtype == torch.uint8 else pixels for pixels in pixel_values)
+            patches = torch.cat([to_patches(pixels, patch) for pixels in normalised])
+        patches = patches.to(dtype)  # (all patches, 3 * P * P)
+        if self.config.llm_type == "llama3":
+            spans, start = [], 0
+            for count in [len(lengths)] if groups is None else groups:
+                spans += [max(lengths[start : start + count], default=0)] * count
+                start += count
+            features = self.vpm(patches, lengths, spans)
+        else:
+            features = self.vpm(patches, sizes)
         if tgt_sizes is None or self.config.llm_type == "minicpm":
             tgt_sizes = torch.tensor(sizes)
         tgt_sizes = tgt_sizes.to(features.device, non_blocking=True)
-        return self.resampler(features, tgt_sizes, length_mask(lengths, features.device))
+        return self.resampler(features, tgt_sizes, Packing.of(lengths, features.device))
 
     def get_vllm_embedding(self, data: Mapping) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Token embeddings with the picture features in their places.
@@ -145,13 +134,22 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         Returns:
             inputs_embeds (B, L, D) and, per sample, its slices' features (S_i, Q, D).
         """
-        input_ids = data["input_ids"]
+        samples, length = data["input_ids"].shape
+        starts = range(0, samples * length, length)
+        embeds, features = self._embed(data, data["input_ids"].flatten(), starts)
+        return embeds.view(samples, length, -1), features
+
+    def _embed(
+        self, data: Mapping, input_ids: torch.Tensor, starts: Sequence[int]
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Embeddings (T, D) of the token ids (T,) of all samples, the first of which stand at `starts`, and, per
+        sample, its slices' features (S_i, Q, D)."""
         embeds = self.get_input_embeddings()(input_ids)
         if self.scale_emb != 1.0:
             embeds = embeds * self.scale_emb
         per_sample = data.get("vision_hidden_states")
         if per_sample is None:
-            slices = [list(sample) for sample in data.get("pixel_values") or [()] * len(input_ids)]
+            slices = [list(sample) for sample in data.get("pixel_values") or [()] * len(starts)]
             counts = [len(sample) for sample in slices]
             groups = counts if data.get("independent_samples", False) else None
             features = self._encode_slices(slices, data.get("tgt_sizes"), groups)
@@ -159,15 +157,14 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             counts = [len(sample) for sample in per_sample]
             features = torch.cat([f for f in per_sample if len(f)]) if any(counts) else None
         if features is None:
-            return embeds, [embeds.new_empty(0, self.config.query_num, embeds.shape[-1])] * len(input_ids)
+            return embeds, [embeds.new_empty(0, self.config.query_num, embeds.shape[-1])] * len(starts)
         features = features.to(embeds.device, embeds.dtype)
         if not any(counts):  # a text-only batch: the vision parameters take part with nothing
             embeds = embeds + features.sum() * 0.0
-            return embeds, [features[:0]] * len(input_ids)
-        index = self._placeholder_index(data["image_bound"], counts, embeds)
+            return embeds, [features[:0]] * len(starts)
+        index = self._placeholder_index(data["image_bound"], counts, starts, embeds.device)
         # Out of place: with frozen embeddings `embeds` is a leaf that requires grad, which no in-place write survives.
-        embeds = embeds.flatten(0, 1).index_copy(0, index, features.flatten(0, 1)).view_as(embeds)
-        return embeds, list(features.split(counts))
+        return embeds.index_copy(0, index, features.flatten(0, 1)), list(features.split(counts))
 
     def _encode_slices(
         self, slices: list[list[torch.Tensor]], tgt_sizes: Sequence | None, groups: Sequence[int] | None
@@ -190,50 +187,111 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             return self.get_vision_embedding([torch.zeros(3, side, side)], torch.ones(1, 2, dtype=torch.int32))
         return None
 
-    def _placeholder_index(self, image_bound: Sequence, counts: list[int], embeds: torch.Tensor) -> torch.Tensor:
-        """(S * Q,) positions of all placeholder tokens in the flattened (B * L) batch."""
-        starts = []
-        for row, (bound, count) in enumerate(zip(image_bound, counts, strict=True)):
-            bound = torch.as_tensor(bound, dtype=torch.long).view(-1, 2)
+    def _placeholder_index(
+        self, image_bound: Sequence, counts: Sequence[int], starts: Sequence[int], device: torch.device
+    ) -> torch.Tensor:
+        """(S * Q,) places of all placeholder tokens among the tokens of all samples."""
+        bounds = [torch.as_tensor(bound, dtype=torch.long).view(-1, 2) for bound in image_bound]
+        for row, (bound, count) in enumerate(zip(bounds, counts, strict=True)):
             if len(bound) != count:
                 raise ValueError(f"sample {row} of the batch has {count} slices but {len(bound)} image_bound entries")
-            starts.append(bound[:, 0].to(embeds.device, non_blocking=True) + row * embeds.shape[1])
-        offsets = torch.arange(self.config.query_num, device=embeds.device)
-        return (torch.cat(starts)[:, None] + offsets).flatten()
+        firsts = torch.cat([bound.to(device, non_blocking=True) for bound in bounds if len(bound)])[:, 0]
+        offsets = torch.tensor([start for start, count in zip(starts, counts, strict=True) for _ in range(count)])
+        firsts = firsts + offsets.to(device, non_blocking=True)
+        return (firsts[:, None] + torch.arange(self.config.query_num, device=device)).flatten()
 
-    def forward(self, data: Mapping, logits_index: torch.Tensor | None = None, **kwargs) -> CausalLMOutputWithPast:
-        """Logits of a batch.
+    def forward(
+        self,
+        data: Mapping,
+        logits_index: torch.Tensor | None = None,
+        targets: torch.Tensor | None = None,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Logits of a batch, or their loss.
 
         Args:
             data: `input_ids` (B, L); `pixel_values`, a list per sample of slices; `tgt_sizes` and `image_bound`, per
                 sample (S_i, 2) or empty; optionally `position_ids` (B, L), `attention_mask` (B, L), and what
-                `data_collator` promises or asks for: `right_padded`: True means that padding stands behind the
-                tokens only, where causal attention never looks, so that no mask and no positions are needed and
-                the fastest kernels run; `independent_samples`: True encodes every sample's slices as if it were
-                alone in the batch (the original's batches of one), None or False as the original's batches of many.
+                `data_collator` promises or asks for: `lengths`, B numbers of tokens, and `token_index` (T,), their
+                places in the flattened (B * L) batch, mean that padding stands behind the tokens only, so that it
+                can be left out of all computation; `independent_samples`: True encodes every sample's slices as if
+                it were alone in the batch (the original's batches of one), None or False as the original's batches
+                of many.
             logits_index: (K,) positions in the flattened (B * L) batch; logits are computed there only.
+            targets: (K,) the tokens to predict at `logits_index`; then the output has, in place of logits, `loss`,
+                the cross entropy summed over them.
             kwargs: for the language model (`use_cache`, `past_key_values`, `output_hidden_states`).
 
         Returns:
-            output with `logits` (B, L, vocabulary), or (K, vocabulary) with `logits_index`.
+            output with `logits` (B, L, vocabulary), or (K, vocabulary) with `logits_index`; without padding in
+            `data`'s `lengths`, logits at padded positions mean nothing.
         """
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
-        inputs_embeds, _ = self.get_vllm_embedding(data)
-        if not data.get("right_padded", False):
-            kwargs.update(attention_mask=data.get("attention_mask"), position_ids=data.get("position_ids"))
-        outputs = self.llm.model(inputs_embeds=inputs_embeds, **kwargs)
-        hidden = outputs.last_hidden_state
+        if self._can_pack(data, kwargs):
+            outputs, hidden, logits_index = self._forward_packed(data, logits_index)
+        else:
+            inputs_embeds, _ = self.get_vllm_embedding(data)
+            masks = {name: data.get(name) for name in ("attention_mask", "position_ids")}
+            outputs = self.llm.model(inputs_embeds=inputs_embeds, **masks, **kwargs)
+            hidden = outputs.last_hidden_state
+            if logits_index is not None:
+                hidden = hidden.flatten(0, 1)
         if logits_index is not None:
-            hidden = hidden.flatten(0, 1)[logits_index]
-        logits = self.llm.lm_head(hidden)
-        if self.logits_scaling != 1.0:
-            logits = logits / self.logits_scaling
+            hidden = hidden[logits_index]
+        head, loss, logits = self.llm.lm_head, None, None
+        if targets is not None and isinstance(head, LMHead):
+            loss = head(hidden, targets, self.logits_scaling)
+        else:  # the caller wants logits, or somebody (PEFT, say) put another module in the head's place
+            logits = head(hidden)
+            if self.logits_scaling != 1.0:
+                logits = logits / self.logits_scaling
+            if targets is not None:
+                loss, logits = F.cross_entropy(logits.float(), targets, reduction="sum"), None
         return CausalLMOutputWithPast(
+            loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
+
+    def _can_pack(self, data: Mapping, kwargs: Mapping) -> bool:
+        """Whether the language model can run without padding: nothing but logits is asked for, and its attention
+        knows how."""
+        config = self.llm.config
+        return (
+            data.get("lengths") is not None
+            and kwargs in ({}, {"use_cache": False})
+            and not config.attention_dropout
+            and config._attn_implementation != "eager"
+        )
+
+    def _forward_packed(self, data: Mapping, logits_index: torch.Tensor | None):
+        """Run the language model over the real tokens alone, one sample behind another.
+
+        Returns:
+            its output; the hidden states, (T, D) with `logits_index`, else (B, L, D), zero in padded places; and
+            `logits_index` as places among the T tokens.
+        """
+        index = data["token_index"]
+        packing = Packing.of(data["lengths"], index.device)
+        starts = [0, *accumulate(packing.lengths)][:-1]
+        embeds, _ = self._embed(data, data["input_ids"].flatten()[index], starts)
+        _, positions = packing.places()
+        outputs = self.llm.model(
+            inputs_embeds=embeds[None],
+            position_ids=positions[None],
+            # a mask of four dimensions is taken as it is; otherwise one of (T, T) would be made from the positions
+            attention_mask=embeds.new_zeros(1, 1, 1, 1),
+            use_cache=False,
+            packing=packing,
+            rotary=rotary_tables(*self.llm.model.rotary_emb(embeds, positions[None])),
+        )
+        hidden = outputs.last_hidden_state[0]
+        if logits_index is not None:
+            return outputs, hidden, torch.searchsorted(index, logits_index)
+        padded = hidden.new_zeros(data["input_ids"].numel(), hidden.shape[-1]).index_copy(0, index, hidden)
+        return outputs, padded.view(*data["input_ids"].shape, -1), None
 
     @torch.inference_mode()
     def generate(self, inputs: Mapping | torch.Tensor | None = None, **kwargs) -> torch.Tensor:

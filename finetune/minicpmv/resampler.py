@@ -1,6 +1,6 @@
 """Resampler: compresses the patches of each slice into a fixed number of query tokens by one cross attention.
 
-Shapes: S slices, N patches of the longest slice, Q queries, V vision width, D language model width, H heads.
+Shapes: S slices, T patches of all slices together, Q queries, V vision width, D language model width, H heads.
 Parameter names are those of the checkpoints (`nn.MultiheadAttention` names under `attn`).
 """
 
@@ -10,14 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from .packing import Packing, packed_attention
 
 HEAD_DIM = 128  # both checkpoints: heads = hidden size / 128
 
 
 class CrossAttention(nn.Module):
-    """`nn.MultiheadAttention`'s arithmetic and parameter names with SDPA and one shared query for all slices.
+    """`nn.MultiheadAttention`'s arithmetic and parameter names on packed slices, with one shared query for all.
 
-    Why not `nn.MultiheadAttention`: it projects the same query once per slice, and it reads `out_proj.weight`
+    Why not `nn.MultiheadAttention`: it pads, projects the same query once per slice, and reads `out_proj.weight`
     past the module's forward, which ZeRO-3 cannot see.
     """
 
@@ -28,23 +31,22 @@ class CrossAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.empty(3 * embed_dim))
         self.out_proj = nn.Linear(embed_dim, embed_dim)
 
-    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, key_mask: torch.Tensor | None):
-        """query (Q, D); key, value (S, N, D); key_mask (S, N) bool, True = attend, or None -> (S, Q, D)."""
-        slices, _, width = key.shape
+    def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """query (Q, D); key, value (T, D) of S slices -> (S, Q, D)."""
+        slices, queries, width = len(packing.lengths), *query.shape
         w_q, w_k, w_v = self.in_proj_weight.chunk(3)
         b_q, b_k, b_v = self.in_proj_bias.chunk(3)
 
-        def heads(x: torch.Tensor) -> torch.Tensor:  # (S or 1, L, D) -> (S or 1, H, L, D / H)
-            return x.view(x.shape[0], x.shape[1], self.num_heads, width // self.num_heads).transpose(1, 2)
+        def heads(x: torch.Tensor) -> torch.Tensor:  # (L, D) -> (L, H, D / H)
+            return x.view(len(x), self.num_heads, width // self.num_heads)
 
-        q = heads(F.linear(query, w_q, b_q)[None]).expand(slices, -1, -1, -1)
+        q = heads(F.linear(query, w_q, b_q)).repeat(slices, 1, 1)
         k, v = heads(F.linear(key, w_k, b_k)), heads(F.linear(value, w_v, b_v))
-        mask = None if key_mask is None else key_mask[:, None, None, :]
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (S, H, Q, D / H)
-        return self.out_proj(out.transpose(1, 2).reshape(slices, query.shape[0], width))
+        out = packed_attention(q, k, v, Packing.of([queries] * slices, key.device), packing)  # (S * Q, H, D / H)
+        return self.out_proj(out.reshape(slices, queries, width))
 
 
-class Resampler(nn.Module):
+class Resampler(GradientCheckpointingLayer):
     """`num_queries` learned queries look at the patches of each slice.
 
     keys = ln_kv(kv_proj(x)) + positions, values = ln_kv(kv_proj(x)), queries = ln_q(query) [+ pos_embed in 2.0],
@@ -85,36 +87,34 @@ class Resampler(nn.Module):
             row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
             init.copy_(self.pos_embed, torch.cat([table[column.flatten()], table[row.flatten()]], dim=1))
 
-    def forward(self, x: torch.Tensor, tgt_sizes: torch.Tensor, key_mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, tgt_sizes: torch.Tensor, packing: Packing) -> torch.Tensor:
         """Compress every slice to Q tokens.
 
         Args:
-            x: (S, N, V) patches, row by row, padded to the longest slice.
+            x: (T, V) patches of all slices one behind another, each slice's row by row.
             tgt_sizes: (S, 2) integers, patches (high, wide) of each slice, on the device of `x`.
-            key_mask: (S, N) bool, False on padding; None when no slice is padded.
+            packing: the slices.
 
         Returns:
             (S, Q, D)
         """
-        x = self.ln_kv(self.kv_proj(x))  # (S, N, D)
+        x = self.ln_kv(self.kv_proj(x))  # (T, D)
         query = self.ln_q(self.query)  # (Q, D)
         if self.pos_embed is not None:
             query = query + self.pos_embed
-        out = self.attn(query, x + self._positions(x, tgt_sizes), x, key_mask)
+        out = self.attn(query, x + self._positions(x, tgt_sizes, packing), x, packing)
         return self.ln_post(out) @ self.proj
 
-    def _positions(self, x: torch.Tensor, tgt_sizes: torch.Tensor) -> torch.Tensor:
-        """(S, N, D) position codes; patch n of a slice of width w stands in row n // w, column n % w."""
-        patches = x.shape[1]
-        table = self._axis_table
-        if table is None or table.shape[0] < patches or table.device != x.device:
-            # One axis of the table is enough and small; no row or column index can exceed N.
-            table = sincos_axis_table(max(patches, 2048), self.embed_dim // 2).to(x.device)
+    def _positions(self, x: torch.Tensor, tgt_sizes: torch.Tensor, packing: Packing) -> torch.Tensor:
+        """(T, D) position codes; patch n of a slice of width w stands in row n // w, column n % w."""
+        longest, table = packing.longest, self._axis_table
+        if table is None or table.shape[0] < longest or table.device != x.device or table.dtype != x.dtype:
+            # One axis of the table is enough and small; no row or column index can exceed the patches of a slice.
+            table = sincos_axis_table(max(longest, 2048), self.embed_dim // 2).to(x.device, x.dtype)
             self._axis_table = table
-        index = torch.arange(patches, device=x.device)
-        wide = tgt_sizes[:, 1:].to(index.dtype)
-        column, row = index % wide, index // wide  # (S, N)
-        return torch.cat([table[column], table[row]], dim=-1).to(x.dtype)
+        sequence, place = packing.places()
+        wide = tgt_sizes[:, 1].long()[sequence]
+        return torch.cat([table[place % wide], table[place // wide]], dim=-1)
 
 
 def sincos_axis_table(length: int, width: int) -> torch.Tensor:

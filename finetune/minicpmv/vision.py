@@ -1,13 +1,13 @@
-"""Vision towers. Both take slices as strips of patches, padded to one batch, and return patch features.
+"""Vision towers. Both take the patches of all slices of a batch one behind another, and return their features.
 
-Shapes: S slices, N patches of the longest slice, P patch side in pixels, V vision width.
-A strip is a slice's patches side by side, row by row: (3, P, N * P). One convolution over a batch of strips embeds
-every patch of every slice, whatever the slices' own heights and widths.
+Shapes: S slices, N patches of one slice, T patches of all slices together, P patch side in pixels, V vision width.
+A strip is a slice's patches side by side, row by row: (3, P, N * P).
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import timm
 import torch
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 from transformers import Idefics2VisionConfig
-from transformers.masking_utils import create_bidirectional_mask
-from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionTransformer
+from transformers.models.idefics2.modeling_idefics2 import Idefics2VisionAttention, Idefics2VisionTransformer
+
+from .packing import Packing, packed_attention
 
 
 def patch_grid(pixels: torch.Tensor, patch_size: int) -> tuple[int, int]:
@@ -42,35 +43,51 @@ def to_strip(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     return pixels
 
 
-def pad_strips(strips: list[torch.Tensor]) -> torch.Tensor:
-    """(S, 3, P, N * P): strips of different lengths, padded with zeros to the longest."""
-    longest = max(strip.shape[-1] for strip in strips)
-    return torch.stack([F.pad(s, (0, longest - s.shape[-1])) if s.shape[-1] < longest else s for s in strips])
+def to_patches(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(N, 3 * P * P): the patches of a picture (3, H, W) or of a strip, row by row, each as a convolution reads it.
 
+    Sides that are no multiple of `patch_size` are padded with zeros, as in `to_strip`.
 
-def length_mask(lengths: list[int], device: torch.device) -> torch.Tensor | None:
-    """(S, max(lengths)) bool, True on the first `lengths[s]` places; None when all are equal.
-
-    Lengths are known on the host, so nothing waits for the device.
+    Example: (3, 28, 42) with P = 14 gives (6, 588); row 4 is the patch in row 1, column 1.
     """
-    longest = max(lengths)
-    if min(lengths) == longest:
-        return None
-    mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
-    return mask.to(device, non_blocking=True)
+    channels, height, width = pixels.shape
+    rows, columns = patch_grid(pixels, patch_size)
+    if (rows * patch_size, columns * patch_size) != (height, width):
+        pixels = F.pad(pixels, (0, columns * patch_size - width, 0, rows * patch_size - height))
+    pixels = pixels.reshape(channels, rows, patch_size, columns, patch_size)
+    return pixels.permute(1, 3, 0, 2, 4).reshape(rows * columns, channels * patch_size * patch_size)
+
+
+class PatchEmbedding(nn.Conv2d):
+    """A convolution whose kernel is as large as its stride, with its parameters, on patches that are cut already."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(T, 3 * P * P) -> (T, V)"""
+        return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
 @functools.lru_cache(maxsize=1024)
-def strip_position_ids(patches: int, per_side: int) -> torch.Tensor:
+def strip_position_ids(patches: int, per_side: int, device: torch.device | None = None) -> torch.Tensor:
     """(N,) position ids of a strip of N patches, by the rule the checkpoints were trained with.
 
     The original hands every slice to the tower as a picture one patch high, so a patch's id is its place along the
     strip in 70 buckets, whatever the slice's real height. The rounding at the bucket edges is that of
     Idefics2VisionEmbeddings up to transformers 4.53 and matters; 4.57 computes other ids.
     """
-    boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side)
-    places = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(patches))
-    return torch.bucketize(places, boundaries, right=True)
+    with torch.device("cpu"):  # the rounding is that of the CPU
+        boundaries = torch.arange(1 / per_side, 1.0, 1 / per_side)
+        places = torch.arange(0, 1 - 1e-6, 1 / torch.tensor(patches))
+    return torch.bucketize(places, boundaries, right=True).to(device)
+
+
+class StripAttention(Idefics2VisionAttention):
+    """Attention of 2.5's tower on packed strips; `attention_mask` is their `Packing`."""
+
+    def forward(self, hidden_states: torch.Tensor, attention_mask: Packing, **_) -> tuple[torch.Tensor, None]:
+        """(T, V) -> (T, V)"""
+        shape = len(hidden_states), self.num_heads, self.head_dim
+        q, k, v = (project(hidden_states).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(packed_attention(q, k, v, attention_mask).flatten(1)), None
 
 
 class StripVisionTransformer(Idefics2VisionTransformer):
@@ -85,40 +102,59 @@ class StripVisionTransformer(Idefics2VisionTransformer):
     def __init__(self, config: Idefics2VisionConfig):
         super().__init__(config)
         self.patch_size = config.patch_size
+        self.embeddings.patch_embedding = PatchEmbedding(
+            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
+        )
+        for layer in self.encoder.layers:
+            layer.self_attn = StripAttention(config)
 
     @property
     def width(self) -> int:
         return self.config.hidden_size
 
-    def forward(self, pixel_values: torch.Tensor, spans: list[int]) -> torch.Tensor:
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.encoder.layers
+
+    def forward(self, patches: torch.Tensor, lengths: Sequence[int], spans: Sequence[int]) -> torch.Tensor:
         """Features of every patch.
 
         Args:
-            pixel_values: (S, 3, P, N * P), zero padded strips in the tower's dtype.
-            spans: places (patches and padding) of each strip that attention covers.
+            patches: (T, 3 * P * P), those of all slices one behind another, in the tower's dtype.
+            lengths: patches of each slice.
+            spans: places (patches and padding) of each slice's strip that attention covers.
 
         Returns:
-            (S, N, V)
+            (T, V)
         """
-        x = self.embeddings.patch_embedding(pixel_values).flatten(2).transpose(1, 2)  # (S, N, V)
-        ids = torch.zeros(x.shape[:2], dtype=torch.long)
-        for row, span in enumerate(spans):
-            ids[row, :span] = strip_position_ids(span, self.embeddings.num_patches_per_side)
-        x = x + self.embeddings.position_embedding(ids.to(x.device, non_blocking=True))
-        mask = self._attention_mask(x, length_mask(spans, x.device))
-        return self.post_layernorm(self.encoder(inputs_embeds=x, attention_mask=mask).last_hidden_state)
+        padding = patches.new_zeros(max(spans) - min(lengths), patches.shape[1])
+        pieces = [
+            piece
+            for strip, length, span in zip(patches.split(lengths), lengths, spans, strict=True)
+            for piece in (strip, padding[: span - length])
+        ]
+        x = self.embeddings.patch_embedding(torch.cat(pieces))  # (spans together, V)
+        per_side = self.embeddings.num_patches_per_side
+        ids = torch.cat([strip_position_ids(span, per_side, x.device) for span in spans])
+        x = x + self.embeddings.position_embedding(ids)
+        x = self.encoder(inputs_embeds=x, attention_mask=Packing.of(spans, x.device)).last_hidden_state
+        if list(lengths) != list(spans):
+            x = torch.cat([strip[:length] for strip, length in zip(x.split(spans), lengths, strict=True)])
+        return self.post_layernorm(x)
 
-    def _attention_mask(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor | None:
-        if mask is None:
-            return None
-        if self.config._attn_implementation == "sdpa":
-            # what create_bidirectional_mask gives, without its look at the mask's values (a device synchronisation)
-            return mask[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
-        return create_bidirectional_mask(config=self.config, inputs_embeds=x, attention_mask=mask)
+
+class SliceAttention(timm.layers.Attention):
+    """Attention of 2.0's tower on packed slices; `attn_mask` is their `Packing`."""
+
+    def forward(self, x: torch.Tensor, attn_mask: Packing, is_causal: bool = False) -> torch.Tensor:
+        """(T, V) -> (T, V)"""
+        q, k, v = self.qkv(x).view(len(x), 3, self.num_heads, self.head_dim).unbind(1)
+        x = packed_attention(self.q_norm(q), self.k_norm(k), v, attn_mask, causal=is_causal)
+        return self.proj(self.norm(x.flatten(1)))
 
 
 class TimmVisionTower(nn.Module):
-    """2.0's `vpm`: the parts of a timm VisionTransformer, run on a padded batch of strips.
+    """2.0's `vpm`: the parts of a timm VisionTransformer, run on the packed patches of all slices.
 
     timm's own forward takes one picture size per batch; this one takes all slices of a micro-batch at once.
     Class and register tokens, where the model has them, are attended to and cut off from the output.
@@ -132,13 +168,27 @@ class TimmVisionTower(nn.Module):
         super().__init__()
         # weight_init="skip": timm's own initialisation fails on parameters that ZeRO-3 has already partitioned;
         # ours runs in MiniCPMV._init_weights, for what no checkpoint gave.
-        vit = timm.create_model(name, pretrained=False, num_classes=0, dynamic_img_size=True, weight_init="skip")
+        vit = timm.create_model(
+            name,
+            pretrained=False,
+            num_classes=0,
+            dynamic_img_size=True,
+            weight_init="skip",
+            attn_layer=SliceAttention,
+        )
         self.patch_size = vit.patch_embed.patch_size[0]
         self.width = vit.embed_dim
         self.grid_size = vit.patch_embed.grid_size
         self.num_prefix_tokens = vit.num_prefix_tokens
         self.prefix_has_positions = not vit.no_embed_class
         self.patch_embed = vit.patch_embed
+        self.patch_embed.proj = PatchEmbedding(
+            vit.patch_embed.proj.in_channels,
+            self.width,
+            kernel_size=self.patch_size,
+            stride=self.patch_size,
+            bias=vit.patch_embed.proj.bias is not None,
+        )
         self.cls_token = vit.cls_token
         self.reg_token = vit.reg_token
         self.pos_embed = vit.pos_embed
@@ -147,44 +197,50 @@ class TimmVisionTower(nn.Module):
         self.norm = vit.norm
         self.gradient_checkpointing = False  # switched by PreTrainedModel.activation_checkpointing_enable
 
-    def forward(self, pixel_values: torch.Tensor, sizes: list[tuple[int, int]]) -> torch.Tensor:
+    def forward(self, patches: torch.Tensor, sizes: Sequence[tuple[int, int]]) -> torch.Tensor:
         """Features of every patch.
 
         Args:
-            pixel_values: (S, 3, P, N * P), zero padded strips in the tower's dtype.
-            sizes: patches (high, wide) of each slice; a slice sees its own patches and no padding.
+            patches: (T, 3 * P * P), those of all slices one behind another, in the tower's dtype.
+            sizes: patches (high, wide) of each slice.
 
         Returns:
-            (S, N, V)
+            (T, V)
         """
-        x = self.patch_embed.norm(self.patch_embed.proj(pixel_values).flatten(2).transpose(1, 2))  # (S, N, V)
-        slices, patches, _ = x.shape
-        prefix_positions, positions = self._positions(sizes, patches)
+        x = self.patch_embed.norm(self.patch_embed.proj(patches))  # (T, V)
+        prefix_positions, positions = self._positions(sizes)
         x = x + positions
+        lengths = [high * wide for high, wide in sizes]
         prefix = [token for token in (self.cls_token, self.reg_token) if token is not None]
         if prefix:
-            prefix = torch.cat(prefix, dim=1)
+            prefix = torch.cat(prefix, dim=1)[0]
             if prefix_positions is not None:
                 prefix = prefix + prefix_positions
-            x = torch.cat([prefix.expand(slices, -1, -1), x], dim=1)
+            x = torch.cat([piece for one in x.split(lengths) for piece in (prefix, one)])
         x = self.norm_pre(x)
-        mask = length_mask([high * wide for high, wide in sizes], x.device)
-        if mask is not None:
-            mask = F.pad(mask, (self.num_prefix_tokens, 0), value=True)[:, None, None, :]
+        with_prefix = [self.num_prefix_tokens + length for length in lengths]
+        packing = Packing.of(with_prefix, x.device)
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(block.__call__, x, mask)
+                function = getattr(block, "_gradient_checkpointing_func", self._gradient_checkpointing_func)
+                x = function(block.__call__, x, packing)
             else:
-                x = block(x, mask)
-        return self.norm(x)[:, self.num_prefix_tokens :]
+                x = block(x, packing)
+        if self.num_prefix_tokens:
+            x = torch.cat([one[self.num_prefix_tokens :] for one in x.split(with_prefix)])
+        return self.norm(x)
 
-    def _positions(self, sizes: list[tuple[int, int]], patches: int) -> tuple[torch.Tensor | None, torch.Tensor]:
-        """(1, prefix, V) or None, and (S, N, V): the stored grid resampled once for each distinct slice size."""
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    def _positions(self, sizes: Sequence[tuple[int, int]]) -> tuple[torch.Tensor | None, torch.Tensor]:
+        """(prefix, V) or None, and (T, V): the stored grid resampled once for each distinct slice size."""
         with_prefix = self.num_prefix_tokens if self.prefix_has_positions else 0
-        prefix = self.pos_embed[:, :with_prefix] if with_prefix else None
+        prefix = self.pos_embed[0, :with_prefix] if with_prefix else None
         grid = self.pos_embed[:, with_prefix:]
-        by_size = {}
-        for size in dict.fromkeys(sizes):
-            one = resample_abs_pos_embed(grid, list(size), list(self.grid_size), num_prefix_tokens=0)
-            by_size[size] = F.pad(one, (0, 0, 0, patches - one.shape[1]))
+        by_size = {
+            size: resample_abs_pos_embed(grid, list(size), list(self.grid_size), num_prefix_tokens=0)[0]
+            for size in dict.fromkeys(sizes)
+        }
         return prefix, torch.cat([by_size[size] for size in sizes])

@@ -1,0 +1,65 @@
+"""Gradient checkpointing with little work for the host: a layer keeps its input and runs again in the backward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def recompute(parameters: Sequence[nn.Parameter], random: bool, function: Callable, *inputs: Any) -> torch.Tensor:
+    """`function(*inputs)` that keeps nothing of its inside for the backward pass and computes it again there.
+
+    What `torch.utils.checkpoint` does, which takes two Python calls more for every tensor that autograd would keep.
+    Here gradients of the parameters come out of the backward pass as those of the inputs do, so that hooks of DDP and
+    DeepSpeed see them once, in order.
+
+    Args:
+        parameters: all that `function` uses and that need gradients.
+        random: whether it draws random numbers (dropout); then it draws the same ones again.
+        function: gives one tensor. Tensors in `inputs` may need gradients, tensors that it holds itself may not.
+    """
+    return _Recompute.apply(function, random, len(inputs), *inputs, *parameters)
+
+
+class _Recompute(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, function: Callable, random: bool, count: int, *tensors: Any) -> torch.Tensor:
+        inputs = tensors[:count]
+        ctx.function = function
+        ctx.device = next(t.device for t in inputs if isinstance(t, torch.Tensor))
+        ctx.autocast = torch.is_autocast_enabled(ctx.device.type), torch.get_autocast_dtype(ctx.device.type)
+        ctx.rng_state = _rng_state(ctx.device) if random else None
+        ctx.needs_grad = [isinstance(t, torch.Tensor) and t.requires_grad for t in inputs]
+        ctx.others = [None if isinstance(t, torch.Tensor) else t for t in inputs]
+        ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)), *tensors[count:])
+        return function(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if other is None else other for other in ctx.others]
+        parameters = list(saved)
+        inputs = [t.detach().requires_grad_() if n else t for t, n in zip(inputs, ctx.needs_grad, strict=True)]
+        after = None if ctx.rng_state is None else _rng_state(ctx.device)
+        _set_rng_state(ctx.device, ctx.rng_state)
+        enabled, dtype = ctx.autocast
+        with torch.enable_grad(), torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled):
+            output = ctx.function(*inputs)
+        _set_rng_state(ctx.device, after)
+        wanted = [t for t, needed in zip(inputs, ctx.needs_grad, strict=True) if needed]
+        grads = iter(torch.autograd.grad(output, [*wanted, *parameters], grad, allow_unused=True))
+        return None, None, None, *(next(grads) if needed else None for needed in ctx.needs_grad), *grads
+
+
+def _rng_state(device: torch.device) -> torch.Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+
+
+def _set_rng_state(device: torch.device, state: torch.Tensor | None) -> None:
+    if state is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state, device)
+    elif state is not None:
+        torch.set_rng_state(state)
