@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class _Recompute(torch.autograd.Function):
         inputs = tensors[:count]
         ctx.function = function
         ctx.device = next(t.device for t in inputs if isinstance(t, torch.Tensor))
-        ctx.autocast = torch.is_autocast_enabled(ctx.device.type), torch.get_autocast_dtype(ctx.device.type)
+        enabled = torch.is_autocast_enabled(ctx.device.type)
+        ctx.autocast = torch.get_autocast_dtype(ctx.device.type) if enabled else None
         ctx.rng_state = _rng_state(ctx.device) if random else None
         ctx.needs_grad = [isinstance(t, torch.Tensor) and t.requires_grad for t in inputs]
         ctx.others = [None if isinstance(t, torch.Tensor) else t for t in inputs]
@@ -45,8 +47,8 @@ class _Recompute(torch.autograd.Function):
         inputs = [t.detach().requires_grad_() if n else t for t, n in zip(inputs, ctx.needs_grad, strict=True)]
         after = None if ctx.rng_state is None else _rng_state(ctx.device)
         _set_rng_state(ctx.device, ctx.rng_state)
-        enabled, dtype = ctx.autocast
-        with torch.enable_grad(), torch.autocast(ctx.device.type, dtype=dtype, enabled=enabled):
+        autocast = torch.autocast(ctx.device.type, dtype=ctx.autocast) if ctx.autocast else nullcontext()
+        with torch.enable_grad(), autocast:
             output = ctx.function(*inputs)
         _set_rng_state(ctx.device, after)
         wanted = [t for t, needed in zip(inputs, ctx.needs_grad, strict=True) if needed]
