@@ -163,12 +163,14 @@ class TrainingArguments(transformers.TrainingArguments):
             self.warmup_steps = self.warmup_ratio  # transformers 5: below 1, a part of all steps
         if not torch.accelerator.is_available():
             self.use_cpu = True  # unsaid, accelerate would not connect the processes of a CPU run with each other
-        self._resolve_checkpointing()
-        if self.deepspeed and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            self.deepspeed = without_communication(json.loads(Path(self.deepspeed).read_text(encoding="utf-8")))
-        if self.accelerator_config is None:
+        if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
             # or every batch would wait on its way to the device for all that was asked of the device before
             self.accelerator_config = {"non_blocking": True}
+        self._resolve_checkpointing()
+        if self.deepspeed and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            if not isinstance(self.deepspeed, dict):
+                self.deepspeed = json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
+            self.deepspeed = without_communication(self.deepspeed)
         if self.tune_llm is None:
             self.tune_llm = not self.use_lora
         if self.bf16 is None and self.fp16 is None:
@@ -180,13 +182,14 @@ class TrainingArguments(transformers.TrainingArguments):
 
     def _resolve_checkpointing(self) -> None:
         """One switch of transformers (whose newest name is `activation_checkpointing`) becomes two."""
-        whole = bool(self.gradient_checkpointing or getattr(self, "activation_checkpointing", None))
+        newest = getattr(self, "activation_checkpointing", None)
+        whole = bool(self.gradient_checkpointing if newest is None else newest)
         self.vision_checkpointing = whole if self.vision_checkpointing is None else self.vision_checkpointing
         self.llm_checkpointing = whole if self.llm_checkpointing is None else self.llm_checkpointing
         either = self.vision_checkpointing or self.llm_checkpointing
         if either != whole:
-            newest = hasattr(self, "activation_checkpointing")
-            setattr(self, "activation_checkpointing" if newest else "gradient_checkpointing", either)
+            has_newest = hasattr(self, "activation_checkpointing")
+            setattr(self, "activation_checkpointing" if has_newest else "gradient_checkpointing", either)
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -47,8 +47,16 @@ from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.loading import load_extra_tensors
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
-from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
+from finetune.reporting import (
+    RunFiles,
+    parameter_table,
+    plot_history,
+    recorded_group_elements,
+    settings_record,
+    write_settings,
+)
 from finetune.trainer import CPMTrainer
+from finetune.zero import GROUP_ELEMENTS
 
 logger = logging.getLogger("finetune")
 
@@ -77,6 +85,7 @@ def train(argv: list[str] | None = None) -> None:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
     model = load_model(model_args, args, lora_args, config)
+    group_elements = GROUP_ELEMENTS if checkpoint is None else recorded_group_elements(checkpoint)
     resolved = {
         "model": LLM_TYPES[config.llm_type],
         "llm_type": config.llm_type,
@@ -86,6 +95,7 @@ def train(argv: list[str] | None = None) -> None:
         "train_samples": len(train_dataset),
         "eval_samples": len(eval_dataset) if eval_dataset else 0,
         "left_out": left_out,
+        "param_group_elements": group_elements,
         "processes": args.world_size,
     }
     settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
@@ -101,6 +111,7 @@ def train(argv: list[str] | None = None) -> None:
         processing_class=tokenizer,
         callbacks=[RunFiles(settings)],
         continued_adapter=lora_args.lora_weight_path or None,
+        group_elements=group_elements,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 
 def recompute(parameters: Sequence[nn.Parameter], random: bool, function: Callable, *inputs: Any) -> torch.Tensor:
@@ -18,11 +19,12 @@ def recompute(parameters: Sequence[nn.Parameter], random: bool, function: Callab
     DeepSpeed see them once, in order.
 
     Args:
-        parameters: all that `function` uses and that need gradients.
+        parameters: all that `function` uses; those that need gradients get them.
         random: whether it draws random numbers (dropout); then it draws the same ones again.
         function: gives one tensor. Tensors in `inputs` may need gradients, tensors that it holds itself may not.
     """
-    return _Recompute.apply(function, random, len(inputs), *inputs, *parameters)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return _Recompute.apply(function, random, len(inputs), *inputs, *trained)
 
 
 class _Recompute(torch.autograd.Function):
@@ -35,14 +37,16 @@ class _Recompute(torch.autograd.Function):
         ctx.autocast = torch.get_autocast_dtype(ctx.device.type) if enabled else None
         ctx.rng_state = _rng_state(ctx.device) if random else None
         ctx.needs_grad = [isinstance(t, torch.Tensor) and t.requires_grad for t in inputs]
-        ctx.others = [None if isinstance(t, torch.Tensor) else t for t in inputs]
+        ctx.others = {place: t for place, t in enumerate(inputs) if not isinstance(t, torch.Tensor)}
         ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)), *tensors[count:])
         return function(*inputs)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
         saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if other is None else other for other in ctx.others]
+        places = range(len(ctx.needs_grad))
+        inputs = [ctx.others[place] if place in ctx.others else next(saved) for place in places]
         parameters = list(saved)
         inputs = [t.detach().requires_grad_() if n else t for t, n in zip(inputs, ctx.needs_grad, strict=True)]
         after = None if ctx.rng_state is None else _rng_state(ctx.device)

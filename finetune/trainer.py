@@ -21,7 +21,6 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
-from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
@@ -31,19 +30,21 @@ from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
-from finetune.zero import LightZeroStep, split_param_groups
+from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
 
 def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
     """Cross entropy summed over supervised tokens, divided by their number in the whole optimizer step.
 
     Args:
-        outputs: `loss`, already summed, or `logits` (K, V), or (B, L, V) with `labels` (B, L).
+        outputs: `logits` (K, V), or (B, L, V) with `labels` (B, L); or None and `loss`, summed already.
         labels: already shifted, -100 where nothing is asked.
         num_items_in_batch: supervised tokens of the step over all ranks and accumulation steps; None: of this batch.
     """
-    total, labels = outputs.get("loss"), labels.flatten()
-    if total is None:
+    labels = labels.flatten()
+    if outputs.logits is None:
+        total = outputs.loss
+    else:
         logits = outputs.logits.flatten(0, -2).float()
         labels = labels.to(logits.device)
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
@@ -61,11 +62,20 @@ class CPMTrainer(Trainer):
     Args:
         continued_adapter: adapter folder that training began from. What its `vpm_resampler_embedtokens.pt` holds and
             this run keeps frozen is written again, so that the new folder is complete.
+        group_elements: with ZeRO-1 and 2, most elements of a parameter group; None: groups as Trainer makes them. A
+            checkpoint can be resumed only with what it was saved with.
         args, kwargs: as for Trainer.
     """
 
-    def __init__(self, *args, continued_adapter: str | os.PathLike | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        continued_adapter: str | os.PathLike | None = None,
+        group_elements: int | None = GROUP_ELEMENTS,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.group_elements = group_elements
         self.continued_adapter = continued_adapter
         self.compute_loss_func = self.compute_loss_func or token_loss
         self.model_accepts_loss_kwargs = False  # the loss is computed here, the model gets `data` alone
@@ -74,7 +84,7 @@ class CPMTrainer(Trainer):
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
         self._takes_logits_index = isinstance(base, MiniCPMV)
         self._full_logits_wanted = False
-        self.add_callback(Checkpointing())
+        self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
 
@@ -86,8 +96,8 @@ class CPMTrainer(Trainer):
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As in Trainer; for ZeRO-1 and 2 in groups of a limited size, see `zero.py`."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self._zero_stage in (1, 2):
-            split_param_groups(optimizer)
+        if self._zero_stage in (1, 2) and self.group_elements:
+            split_param_groups(optimizer, self.group_elements)
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
@@ -163,9 +173,16 @@ class CPMTrainer(Trainer):
 class Checkpointing(TrainerCallback):
     """Turns gradient checkpointing off for vision or language where `--vision_checkpointing` or `--llm_checkpointing`
     say so, and puts `recompute` in the place of torch's. Trainer, which knows one switch for the whole model, has
-    turned it on by then."""
+    turned it on by then.
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    Args:
+        partitioned: parameters are empty while their module does not run, which `recompute` cannot take.
+    """
+
+    def __init__(self, partitioned: bool):
+        self.partitioned = partitioned
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):  # noqa: ARG002
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         if not isinstance(base, MiniCPMV):
             return
@@ -174,12 +191,14 @@ class Checkpointing(TrainerCallback):
                 for layer in chain.from_iterable(base.get_submodule(part).modules() for part in parts):
                     if hasattr(layer, "gradient_checkpointing"):
                         layer.gradient_checkpointing = False
-        if is_deepspeed_zero3_enabled():
-            return  # a partitioned parameter is empty while its module does not run, which `recompute` cannot take
+        own = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
+        if self.partitioned or own:  # what the user asks torch's checkpointing to do
+            return
         for layer in (*base.llm.model.layers, *base.vpm.layers, base.resampler):
-            trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-            random = any(isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules())
-            layer._gradient_checkpointing_func = partial(recompute, trained, random)
+            random = bool(base.llm.config.attention_dropout) or any(
+                isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()
+            )
+            layer._gradient_checkpointing_func = partial(recompute, list(layer.parameters()), random)
 
 
 class EpochLengthSampler(LengthGroupedSampler):

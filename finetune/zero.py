@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-GROUP_ELEMENTS = 2**26  # 384 MiB of copies in bfloat16 runs
+GROUP_ELEMENTS = 2**26  # 384 MiB of copies in bfloat16 runs; checkpoints are divided likewise
 
 
 def without_communication(config: dict) -> dict:
@@ -23,13 +23,13 @@ def without_communication(config: dict) -> dict:
     every bucket (`overlap_comm`). Other stages, and optimizer states on the CPU, which need the buckets, stay as is.
     """
     zero = config.get("zero_optimization", {})
-    offloaded = zero.get("offload_optimizer", {}).get("device", "none") != "none"
+    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
     if zero.get("stage") not in (1, 2) or offloaded:
         return config
     return {**config, "zero_optimization": {**zero, "overlap_comm": False, "contiguous_gradients": False}}
 
 
-def split_param_groups(optimizer: torch.optim.Optimizer, most: int = GROUP_ELEMENTS) -> None:
+def split_param_groups(optimizer: torch.optim.Optimizer, most: int) -> None:
     """Divide an optimizer's parameter groups, in place, into groups of at most `most` elements or one parameter."""
     groups = []
     for group in optimizer.param_groups:
@@ -46,7 +46,7 @@ def split_param_groups(optimizer: torch.optim.Optimizer, most: int = GROUP_ELEME
 class LightZeroStep(TrainerCallback):
     """Puts `use_one_norm` and `leave_out_reduction` in place when training begins."""
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):  # noqa: ARG002
         from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
         optimizer = getattr(optimizer, "optimizer", optimizer)

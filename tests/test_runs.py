@@ -6,6 +6,7 @@ Each run is made once and looked at by several tests; a key names it: (llm_type,
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -239,6 +240,67 @@ def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
     file = "adapter_model.safetensors" if RUNS[name][1] == "lora" else "model.safetensors"
     for key, tensor in load_file(folder / file).items():
         torch.testing.assert_close(tensor, load_file(run(name) / file)[key], atol=1e-6, rtol=1e-4, msg=key)
+
+
+PATCHED = """
+import os, sys
+sys.path.insert(0, {root!r})
+import finetune.finetune as toolkit
+toolkit.GROUP_ELEMENTS = 30_000  # as 2.5 has groups of many sizes, and the tiny model one
+if os.environ.get("NAN_STEP"):
+    plain = toolkit.CPMTrainer.compute_loss
+    def compute_loss(self, *args, **kwargs):
+        loss = plain(self, *args, **kwargs)
+        return loss * float("nan") if self.state.global_step == int(os.environ["NAN_STEP"]) else loss
+    toolkit.CPMTrainer.compute_loss = compute_loss
+toolkit.main()
+"""
+
+
+def zero2_with_small_groups(
+    folder: Path, tiny, data_file: Path, tmp_path: Path, *flags: object, **variables: str
+) -> None:
+    """4 steps with a checkpoint at 2, as the run `lora-llama3-1-zero2`, but in parameter groups of 30,000 elements."""
+    program = tmp_path / "program.py"
+    program.write_text(PATCHED.format(root=str(ROOT)))
+    words = (
+        *("--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", folder, "--batch_size", 4),
+        *("--deepspeed", ROOT / "finetune" / "ds_config_zero2.json", "--max_steps", STEPS, "--learning_rate", 1e-3),
+        *("--use_lora", "true", "--lora_r", 8, "--lora_dropout", 0, "--weight_decay", 0.1, "--adam_beta2", 0.95),
+        *("--lr_scheduler_type", "constant", "--dataloader_num_workers", 0, "--report_to", "none"),
+        *("--gradient_checkpointing", "true", "--save_steps", 2, "--logging_steps", 1, *flags),
+    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", str(program)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    result = subprocess.run([*command, *map(str, words)], env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+
+
+def test_parameter_groups_are_those_of_the_checkpoint(run, tiny, data_file, tmp_path):
+    """A limited size of groups changes no loss, is kept on resume, and is not forced on checkpoints from before it."""
+    whole = run("lora-llama3-1-zero2")
+    split, old = tmp_path / "split", tmp_path / "old"
+    zero2_with_small_groups(split, tiny, data_file, tmp_path)
+    assert losses(split) == pytest.approx(losses(whole), rel=1e-5)
+    shutil.copytree(whole, old)
+    settings = old / "checkpoint-2" / "training_settings.json"
+    stripped = json.loads(settings.read_text())
+    assert stripped["resolved"].pop("param_group_elements") == 2**26
+    settings.write_text(json.dumps(stripped))
+    for folder in (split, old):
+        shutil.rmtree(folder / "checkpoint-4")
+        zero2_with_small_groups(folder, tiny, data_file, tmp_path, "--resume_from_checkpoint", "true")
+        assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_is_left_out(tiny, data_file, tmp_path):
+    """DeepSpeed leaves the weights as they were, told by the norm alone."""
+    folder = tmp_path / "nan"
+    zero2_with_small_groups(folder, tiny, data_file, tmp_path, "--logging_steps", 100, "--save_steps", 1, NAN_STEP="1")
+    steps = [load_file(folder / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (1, 2, 3)]
+    names = [name for name in steps[0] if "lora_B" in name]
+    assert all(torch.equal(steps[0][name], steps[1][name]) for name in names)
+    assert all(not torch.equal(steps[1][name], steps[2][name]) and steps[2][name].isfinite().all() for name in names)
 
 
 def test_adapter_snippet_of_the_readme(run, tmp_path):

@@ -62,6 +62,16 @@ def test_recompute_of_frozen_layers_and_inputs_without_gradients():
     torch.testing.assert_close(layer.bias.grad, torch.full((4,), 2.0))
 
 
+def test_recompute_takes_what_is_no_tensor_and_what_is_trained_by_now():
+    layer = nn.Linear(4, 4).requires_grad_(False)
+    x = torch.ones(2, 4, requires_grad=True)
+    parameters = list(layer.parameters())
+    layer.weight.requires_grad_(True)
+    recompute(parameters, False, lambda nothing, x, scale: layer(x) * scale, None, x, 2.0).sum().backward()
+    torch.testing.assert_close(layer.weight.grad, torch.full((4, 4), 4.0))
+    assert layer.bias.grad is None and x.grad is not None
+
+
 def test_recompute_under_autocast():
     layer = nn.Linear(8, 8)
     x = torch.randn(3, 8, requires_grad=True)
@@ -73,6 +83,40 @@ def test_recompute_under_autocast():
         grads.append(torch.autograd.grad(y.float().sum(), (x, layer.weight)))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_checkpointing_with_attention_dropout_and_noise_on_embeddings(llm_type, tmp_path):
+    """Dropout without a module of its own, in the padded computation, is drawn again as it was; NEFTune runs."""
+    weights = []
+    for checkpointing in (False, True):
+        model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32, attention_dropout=0.3)
+        assert model.llm.config.attention_dropout == 0.3
+        arguments = {"gradient_checkpointing": checkpointing, "neftune_noise_alpha": 5.0}
+        train_one_step(model, golden_batch(llm_type), tmp_path, **arguments)
+        weights.append({name: p.detach() for name, p in model.named_parameters()})
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, atol=1e-6, rtol=1e-5, msg=name)
+
+
+def train_one_step(model, data: dict, tmp_path, **arguments) -> None:
+    """On the first sample of `data`, with SGD."""
+    settings = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}
+    settings |= {"output_dir": str(tmp_path), "max_steps": 1, "optim": "sgd", "learning_rate": 0.1, **arguments}
+    items = [{name: value[0] for name, value in data.items()}]
+    transformers.set_seed(0)
+    CPMTrainer(
+        model=model, args=TrainingArguments(**settings), train_dataset=items, data_collator=data_collator
+    ).train()
+
+
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_own_settings_of_checkpointing_are_torchs(llm_type, tmp_path, monkeypatch):
+    """`--gradient_checkpointing_kwargs` speaks of torch's checkpointing, which then runs."""
+    monkeypatch.setattr("finetune.trainer.recompute", lambda *_: pytest.fail("not torch's"))
+    model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32)
+    own = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    train_one_step(model, golden_batch(llm_type), tmp_path, **own)
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
@@ -93,25 +137,7 @@ def test_checkpointing_of_vision_and_language_apart(llm_type, flags, vision, lan
         runs = {model.resampler.ln_kv: 0, model.vpm.layers[1].mlp: 0, model.llm.model.layers[1].mlp: 0}
         for module in runs:
             module.register_forward_hook(lambda m, *_, runs=runs: runs.__setitem__(m, runs[m] + 1))
-        data = golden_batch(llm_type)
-        items = [{name: value[0] for name, value in data.items()}]
-        trainer = CPMTrainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=str(tmp_path),
-                report_to="none",
-                max_steps=1,
-                save_strategy="no",
-                disable_tqdm=True,
-                optim="sgd",
-                learning_rate=0.1,
-                dataloader_num_workers=0,
-                **arguments,
-            ),
-            train_dataset=items,
-            data_collator=data_collator,
-        )
-        trainer.train()
+        train_one_step(model, golden_batch(llm_type), tmp_path, **arguments)
         weights.append({name: p.detach() for name, p in model.named_parameters()})
     assert list(runs.values()) == [vision, vision, language]
     for name, weight in weights[0].items():
@@ -192,7 +218,14 @@ def test_one_process_needs_no_communication(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     arguments = TrainingArguments(output_dir=str(tmp_path), deepspeed=str(path))
     assert arguments.deepspeed["zero_optimization"]["overlap_comm"] is False
-    assert arguments.accelerator_config == {"non_blocking": True}
+    assert without_communication({"zero_optimization": {"stage": 2, "offload_optimizer": None}}) != {}
+    arguments = TrainingArguments(output_dir=str(tmp_path), deepspeed={"zero_optimization": zero})
+    assert arguments.deepspeed["zero_optimization"]["contiguous_gradients"] is False
+    for has_gpu in (False, True):
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda has_gpu=has_gpu: has_gpu)
+        monkeypatch.setattr("finetune.arguments.found_precision", lambda _: (False, False))
+        arguments = TrainingArguments(output_dir=str(tmp_path))
+        assert arguments.accelerator_config == ({"non_blocking": True} if has_gpu else None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert TrainingArguments(output_dir=str(tmp_path), deepspeed=str(path)).deepspeed == str(path)
     arguments = TrainingArguments(output_dir=str(tmp_path), accelerator_config={"split_batches": True})
@@ -226,4 +259,6 @@ def test_liger_kernels_give_the_same(llm_type):
     model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32).cuda()
     logits = model(data=data).logits
     use_liger_kernels(model.llm)
+    mlp = model.llm.model.layers[0].mlp
+    assert "liger" in f"{mlp.forward.__module__} {type(mlp).__module__}"
     torch.testing.assert_close(model(data=data).logits, logits, atol=1e-4, rtol=0)

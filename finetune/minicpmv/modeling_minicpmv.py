@@ -106,7 +106,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         lengths = [high * wide for high, wide in sizes]
         pixel_values = [pixels.to(device, non_blocking=True) for pixels in pixel_values]
         whole = all(not (p.shape[1] % patch or p.shape[2] % patch) for p in pixel_values)
-        if whole and all(pixels.dtype == torch.uint8 for pixels in pixel_values):  # as the data set gives them
+        if whole and all(pixels.dtype == torch.uint8 for pixels in pixel_values):  # as the data set gives them: at once
             patches = normalise(torch.cat([to_patches(pixels, patch) for pixels in pixel_values]))
         else:
             normalised = (normalise(pixels) if pixels.dtype == torch.uint8 else pixels for pixels in pixel_values)
@@ -144,7 +144,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Embeddings (T, D) of the token ids (T,) of all samples, the first of which stand at `starts`, and, per
         sample, its slices' features (S_i, Q, D)."""
-        embeds = self.get_input_embeddings()(input_ids)
+        # in three dimensions, which hooks of the embeddings count on (NEFTune)
+        embeds = self.get_input_embeddings()(input_ids[None])[0]
         if self.scale_emb != 1.0:
             embeds = embeds * self.scale_emb
         per_sample = data.get("vision_hidden_states")

@@ -81,7 +81,8 @@ def strip_position_ids(patches: int, per_side: int, device: torch.device | None 
 
 
 class StripAttention(Idefics2VisionAttention):
-    """Attention of 2.5's tower on packed strips; `attention_mask` is their `Packing`."""
+    """Attention of 2.5's tower on packed strips, whose `Packing` is `attention_mask`. Without attention dropout, which
+    the checkpoint does not have either."""
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Packing, **_) -> tuple[torch.Tensor, None]:
         """(T, V) -> (T, V)"""
