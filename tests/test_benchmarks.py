@@ -64,6 +64,7 @@ def test_lora_with_deepspeed(tmp_path):
     assert result["tflop_per_step_done"] > result["tflop_per_step_model"]  # checkpointing is on
 
 
+@pytest.mark.slow
 def test_full_without_deepspeed_and_flags_passed_on(tmp_path):
     profile = tmp_path / "profile.txt"
     passed_on = ("--gradient_accumulation_steps", "2", "--gradient_checkpointing=false", "--profile", str(profile))
