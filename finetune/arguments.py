@@ -369,6 +369,11 @@ def check_arguments(
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     if training.remove_unused_columns:
         problems.append("--remove_unused_columns true would empty every batch; leave it false")
+    if training.label_smoothing_factor:
+        problems.append(
+            f"--label_smoothing_factor {training.label_smoothing_factor}: the loss is plain cross entropy over the "
+            "answers; leave it out"
+        )
     if training.model_max_length < 1:
         problems.append(f"--model_max_length {training.model_max_length}: expected a number of tokens")
     if training.max_slice_nums is not None and training.max_slice_nums < 1:

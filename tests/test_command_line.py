@@ -143,12 +143,16 @@ def test_layer_replication(given, tmp_path):
         ("--warmup_ratio 1", "0 to below 1"),
         ("--use_lora true --lora_target_modules vpm\\..* --lora_layers_to_transform 1", "needs plain names"),
         ("--remove_unused_columns true", "leave it false"),
+        ("--use_liger_kernel true", "run on GPUs only"),
+        ("--use_liger_kernel true", "pip install liger-kernel"),
+        ("--label_smoothing_factor 0.1", "plain cross entropy"),
         ("--resume_from_checkpoint nowhere", "is no checkpoint folder"),
         ("--image_folder nowhere", "no such folder"),
         ("--no_such_flag 1", "there is no such flag"),
     ],
 )
-def test_wrong_combinations(given, flags, message):
+def test_wrong_combinations(given, flags, message, monkeypatch):
+    monkeypatch.setattr("finetune.arguments.is_liger_kernel_available", lambda: False)
     _, problems = given(*flags.split())
     assert any(message in problem for problem in problems), problems
 
