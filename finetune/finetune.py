@@ -45,16 +45,9 @@ from finetune.checks import (
 )
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
-from finetune.loading import load_extra_tensors
+from finetune.loading import load_extra_tensors, resolved_settings
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
-from finetune.reporting import (
-    RunFiles,
-    parameter_table,
-    plot_history,
-    recorded_group_elements,
-    settings_record,
-    write_settings,
-)
+from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
 from finetune.trainer import CPMTrainer
 from finetune.zero import GROUP_ELEMENTS
 
@@ -85,7 +78,9 @@ def train(argv: list[str] | None = None) -> None:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
     model = load_model(model_args, args, lora_args, config)
-    group_elements = GROUP_ELEMENTS if checkpoint is None else recorded_group_elements(checkpoint)
+    group_elements = GROUP_ELEMENTS
+    if checkpoint is not None:  # with the parameter groups that it was saved with: Trainer's own, where it says none
+        group_elements = resolved_settings(checkpoint).get("param_group_elements")
     resolved = {
         "model": LLM_TYPES[config.llm_type],
         "llm_type": config.llm_type,

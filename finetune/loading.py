@@ -37,13 +37,18 @@ def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, obje
     if Path(folder, "adapter_config.json").is_file():
         model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)
         load_extra_tensors(model, folder)
-        settings = Path(folder, SETTINGS_NAME)
-        if settings.is_file():  # the base's config knows nothing of how many slices the adapter was trained with
-            slicing = json.loads(settings.read_text(encoding="utf-8"))["resolved"]["slicing"]
-            model.get_base_model().config.set_max_slice_nums(slicing["max_slice_nums"])
+        settings = resolved_settings(folder)
+        if settings:  # the base's config knows nothing of how many slices the adapter was trained with
+            model.get_base_model().config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
     else:
         model = AutoModel.from_pretrained(folder, **kwargs)
     return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def resolved_settings(folder: str | os.PathLike) -> dict:
+    """What `training_settings.json` of a result or checkpoint says the run found out or chose; empty without one."""
+    path = Path(folder, SETTINGS_NAME)
+    return json.loads(path.read_text(encoding="utf-8"))["resolved"] if path.is_file() else {}
 
 
 def load_extra_tensors(model: nn.Module, folder: str | os.PathLike) -> None:

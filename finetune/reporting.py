@@ -70,13 +70,6 @@ def write_settings(settings: Mapping, folder: str | os.PathLike) -> None:
     os.replace(aside, path)
 
 
-def recorded_group_elements(checkpoint: str | os.PathLike) -> int | None:
-    """Size of the parameter groups that a checkpoint was saved with; None: as Trainer makes them, as all did once."""
-    path = Path(checkpoint) / SETTINGS_NAME
-    settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"resolved": {}}
-    return settings["resolved"].get("param_group_elements")
-
-
 class RunFiles(TrainerCallback):
     """Writes the settings into every checkpoint, and stops a run whose loss is no number any more."""
 

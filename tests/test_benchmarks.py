@@ -14,6 +14,7 @@ from conftest import ROOT, TESTS
 from finetune.minicpmv import MiniCPMVConfig
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import growth
 import train_step
 
 PICTURES = ("--pictures", "200x120,112x112,text", "--answer_tokens", "20")
@@ -96,6 +97,29 @@ def test_flags_of_the_benchmark_itself_are_refused():
         train_step.parse(["--data_path", "mine.json"])
     options, further = train_step.parse(["--deepspeed", "none", "--batch", "3", "--tune_vision", "false"])
     assert (options.deepspeed, options.batch, further) == ("", 3, ["--tune_vision", "false"])
+
+
+def test_growth_comes_from_turns(tmp_path):
+    """Warm-up sees every entry, then each has its steps; the table and the plot are of what the results say."""
+    options, _ = train_step.parse(["--pictures", "112x112,text:9", "--turn", "3", "--warmup", "3"])
+    assert options.steps == 6
+    assert train_step.order_of_entries(options, 9, 1) == [0, 1, 0, 0, 0, 0, 1, 1, 1]
+    assert train_step.order_of_entries(options, 4, 2) == [0, 0, 1, 1, 0, 0, 0, 0]
+    in_turn, _ = train_step.parse(["--pictures", "112x112,text"])
+    assert train_step.order_of_entries(in_turn, 3, 1) == [0, 1, 0]
+    slices = [{"slices": n, "tokens": 9, "seconds": n / 10} for n in (5, 1)]
+    text = [{"slices": 0, "tokens": n, "seconds": n / 1000} for n in (100, 300)]
+    named = {"model": "2.5", "method": "lora", "device": "none"}
+    batch = {"by_entry": [], "samples_per_process": 2, "step_seconds": {"median": 0.7}}
+    results = [{**named, "by_entry": slices + text}, batch]
+    for number, result in enumerate(results):
+        (tmp_path / f"{number}.json").write_text(json.dumps(result))
+    grown = growth.points(results)
+    assert grown == {"slices": [(1, 0.1), (5, 0.5)], "tokens": [(100, 0.1), (300, 0.3)], "batch": [(2, 0.7)]}
+    command = [sys.executable, ROOT / "benchmarks" / "growth.py", "0.json", "1.json", "--plot", "growth.png"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "| slices | 5 | 0.5000 | 0.100000 |" in run.stdout and "| tokens | 300 | 0.3000 | 0.001000 |" in run.stdout
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_flops_of_the_real_model_by_hand():

@@ -224,8 +224,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             kwargs: for the language model (`use_cache`, `past_key_values`, `output_hidden_states`).
 
         Returns:
-            output with `logits` (B, L, vocabulary), or (K, vocabulary) with `logits_index`; without padding in
-            `data`'s `lengths`, logits at padded positions mean nothing.
+            output with `logits` (B, L, vocabulary), or (K, vocabulary) with `logits_index`; with `lengths` in
+            `data`, logits at padded positions mean nothing.
         """
         kwargs = {name: value for name, value in kwargs.items() if value is not None}
         if self._can_pack(data, kwargs):
