@@ -55,7 +55,7 @@ from transformers import initialization as init
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import finetune.finetune as toolkit
-from finetune.arguments import UserError
+from finetune.errors import UserError
 from finetune.minicpmv import MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.resampler import Resampler
 from finetune.minicpmv.tiny import MODELS, write_checkpoint

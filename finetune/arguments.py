@@ -7,7 +7,6 @@ import logging
 import os
 import re
 import sys
-import time
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import transformers
 from transformers import AutoConfig, HfArgumentParser
 from transformers.utils import is_liger_kernel_available
 
+from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.loading import EXTRA_WEIGHTS_NAME
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 from finetune.zero import without_communication
@@ -25,10 +25,6 @@ logger = logging.getLogger("finetune")
 TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
 LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
-
-
-class UserError(ValueError):
-    """Something that the user can mend; its message says how, and no traceback is needed."""
 
 
 @dataclass
@@ -128,6 +124,9 @@ class TrainingArguments(transformers.TrainingArguments):
     llm_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "The same for the language model. None: as --gradient_checkpointing."},
+    )
+    max_bad_steps: int = field(
+        default=3, metadata={"help": "Stop after so many steps in a row whose loss is infinite or no number."}
     )
     bf16: bool | None = field(
         default=None, metadata={"help": "Train in bfloat16. None: where the GPU has it, and --fp16 is not given."}
@@ -378,6 +377,8 @@ def check_arguments(
         problems.append(f"--model_max_length {training.model_max_length}: expected a number of tokens")
     if training.max_slice_nums is not None and training.max_slice_nums < 1:
         problems.append(f"--max_slice_nums {training.max_slice_nums}: expected 1 (overview alone) or more")
+    if training.max_bad_steps < 1:
+        problems.append(f"--max_bad_steps {training.max_bad_steps}: expected 1 or more")
     if training.warmup_ratio is not None and not 0 <= training.warmup_ratio < 1:
         problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to below 1")
     if training.n_gpu > 1:
@@ -386,15 +387,15 @@ def check_arguments(
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
     starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
-    if starts_anew and training.output_dir and (last := _last_checkpoint(training.output_dir)):
+    if starts_anew and training.output_dir and (last := newest_complete(training.output_dir)):
         problems.append(
             f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
             "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
         )
-    if resume not in (None, "", *TRUE, *FALSE) and not Path(resume, "trainer_state.json").is_file():
+    if resume not in (None, "", *TRUE, *FALSE) and (why := fault(Path(resume))):
         problems.append(
-            f"--resume_from_checkpoint {resume}: is no checkpoint folder; name one (OUTPUT_DIR/checkpoint-N) or say "
-            "true for the newest in --output_dir"
+            f"--resume_from_checkpoint {resume}: is no complete checkpoint ({why}); name one (OUTPUT_DIR/checkpoint-N) "
+            "or say true for the newest in --output_dir"
         )
     return problems
 
@@ -411,37 +412,15 @@ def _liger_problems(training: TrainingArguments) -> list[str]:
 
 
 def checkpoint_to_resume(training: TrainingArguments) -> str | None:
-    """Folder that `--resume_from_checkpoint` means: the one named, or for `true` the newest; None: start anew."""
+    """Folder that `--resume_from_checkpoint` means: the one named, or for `true` the newest complete one; None: start
+    anew. All processes must call it."""
     resume = training.resume_from_checkpoint
     if resume not in TRUE:
         return None if resume in (None, "", *FALSE) else resume
-    newest = _last_checkpoint(training.output_dir)
+    newest = newest_everywhere(training.output_dir)
     if newest is None:
         logger.warning("no checkpoint in %s yet: training starts from the beginning", training.output_dir)
     return newest
-
-
-def _last_checkpoint(output_dir: str) -> str | None:
-    """Newest complete checkpoint: trainer_state.json is written last, so a save that was cut off lacks it."""
-    complete = {}
-    for folder in Path(output_dir).glob("checkpoint-*"):
-        number = folder.name.removeprefix("checkpoint-")
-        if number.isdecimal() and (folder / "trainer_state.json").is_file():
-            complete[int(number)] = str(folder)
-        elif number.isdecimal():
-            logger.warning("%s is incomplete (its save was cut off) and is passed over", folder)
-    return complete[max(complete)] if complete else None
-
-
-def set_checkpoints_aside(output_dir: str) -> None:
-    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new."""
-    old = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
-    if old:
-        aside = Path(output_dir) / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.mkdir()
-        for folder in old:
-            folder.rename(aside / folder.name)
-        logger.warning("moved %d checkpoints of an earlier run to %s", len(old), aside)
 
 
 def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> list[str]:

@@ -21,8 +21,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.arguments import UserError
 from finetune.dataset import SupervisedDataset
+from finetune.errors import UserError
 from finetune.pictures import forget_sizes, load_image, picture_paths
 
 logger = logging.getLogger("finetune")

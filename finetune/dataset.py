@@ -367,8 +367,9 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
 
     Returns:
         `input_ids`, `position_ids`, `labels` (B, L) int64, `attention_mask` (B, L) bool; `pixel_values`,
-        `tgt_sizes`, `image_bound` as lists per sample; `label_index` (K,) and `token_index` (T,) int64, the supervised
-        positions and the tokens in the flattened batch; `lengths` and `independent_samples`, see `MiniCPMV.forward`.
+        `tgt_sizes`, `image_bound` as lists per sample; `ids`, the items' `id`s; `label_index` (K,) and `token_index`
+        (T,) int64, the supervised positions and the tokens in the flattened batch; `lengths` and
+        `independent_samples`, see `MiniCPMV.forward`.
     """
     items = [truncate(example, max_length) for example in examples]
 
@@ -389,5 +390,6 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
         "label_index": torch.nonzero(labels.flatten() != IGNORE_INDEX).flatten(),
         "token_index": torch.nonzero(attention_mask.flatten()).flatten(),
         "lengths": lengths,
+        "ids": [item.get("id") for item in items],
         "independent_samples": True,
     }

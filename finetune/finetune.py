@@ -10,7 +10,7 @@ All flags: python finetune/finetune.py --help
 from __future__ import annotations
 
 import logging
-import os
+import signal
 import sys
 import warnings
 from functools import partial
@@ -28,14 +28,13 @@ from finetune.arguments import (
     LoraArguments,
     ModelArguments,
     TrainingArguments,
-    UserError,
     check_arguments,
     checkpoint_to_resume,
     load_config,
     parse_arguments,
-    set_checkpoints_aside,
     trained_set_problems,
 )
+from finetune.checkpoints import newest_complete, set_checkpoints_aside
 from finetune.checks import (
     BAD_SAMPLES_NAME,
     find_problems,
@@ -45,9 +44,11 @@ from finetune.checks import (
 )
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
+from finetune.errors import ProcessError, UserError, is_main_of_node
+from finetune.guards import die_with_launcher, resume_command
 from finetune.loading import load_extra_tensors, resolved_settings
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
-from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
+from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.trainer import CPMTrainer
 from finetune.zero import GROUP_ELEMENTS
 
@@ -104,20 +105,33 @@ def train(argv: list[str] | None = None) -> None:
         eval_dataset=eval_dataset,
         data_collator=partial(data_collator, max_length=args.model_max_length),
         processing_class=tokenizer,
-        callbacks=[RunFiles(settings)],
+        settings=settings,
         continued_adapter=lora_args.lora_weight_path or None,
         group_elements=group_elements,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
+    if trainer.guard.signal:
+        _stop(trainer)
     trainer.save_model()
+    trainer.save_state()
     if trainer.is_world_process_zero():
-        write_settings(settings, args.output_dir)
         plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
     if data_args.bad_samples == "skip":
         record = Path(args.output_dir, BAD_SAMPLES_NAME)
         logger.info("%d bad samples were left out, see %s", sum(left_out.values()), record)
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
+
+
+def _stop(trainer: CPMTrainer) -> None:
+    """The end of a run that a signal stopped: what to do next, and the exit status that shells give for the signal."""
+    if trainer.is_world_process_zero():
+        step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir)
+        name = signal.Signals(trainer.guard.signal).name
+        logger.warning(
+            "%s: stopped after step %d of %d, the newest checkpoint is %s. To go on:\n%s",
+            *(name, step, trainer.state.max_steps, last, resume_command(sys.argv)),
+        )
+    sys.exit(128 + trainer.guard.signal)
 
 
 def load_model(
@@ -269,12 +283,13 @@ def _set_up_logging(args: TrainingArguments) -> None:
 
 def main() -> None:
     """Command line: problems found before training end in their message and exit status 1, without a traceback."""
+    die_with_launcher()
     try:
         train()
-    except UserError as error:  # every process finds the same
-        sys.exit(f"finetune.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
-    except SampleError as error:  # a picture that became unreadable, met by one process
+    except (ProcessError, SampleError) as error:  # met by one process
         sys.exit(f"finetune.py: {error}")
+    except UserError as error:  # every process finds the same
+        sys.exit(f"finetune.py: {error}" if is_main_of_node() else 1)
 
 
 if __name__ == "__main__":

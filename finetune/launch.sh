@@ -52,5 +52,5 @@ if [ -n "$DS_CONFIG" ]; then
 fi
 
 # shellcheck disable=SC2086 # RENDEZVOUS and SETTINGS are lists of words
-exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc_per_node "$GPUS_PER_NODE" $RENDEZVOUS \
+exec "$PYTHON" "$HERE/launch.py" --nnodes "$NNODES" --nproc_per_node "$GPUS_PER_NODE" $RENDEZVOUS \
   "$HERE/finetune.py" $SETTINGS "$@"

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainingArguments
 
-from finetune.arguments import UserError
 from finetune.loading import SETTINGS_NAME
 
 PACKAGES = ("torch", "transformers", "deepspeed", "peft", "accelerate", "timm")
@@ -68,26 +66,6 @@ def write_settings(settings: Mapping, folder: str | os.PathLike) -> None:
     aside = path.with_suffix(".tmp")
     aside.write_text(json.dumps(settings, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(aside, path)
-
-
-class RunFiles(TrainerCallback):
-    """Writes the settings into every checkpoint, and stops a run whose loss is no number any more."""
-
-    def __init__(self, settings: Mapping):
-        self.settings = settings
-
-    def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
-            write_settings(self.settings, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        loss = (logs or {}).get("loss", 0.0)
-        if not math.isfinite(float(loss)):
-            raise UserError(
-                f"the loss is {loss} at step {state.global_step}: nothing after this step would be learned. Lower "
-                "--learning_rate, or train in another precision (--bf16 true), and continue from the last checkpoint "
-                "with --resume_from_checkpoint true"
-            )
 
 
 def plot_history(history: list[dict], path: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -21,16 +22,23 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.checkpoints import MANIFEST, move_files, written_aside
+from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
+from finetune.reporting import write_settings
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
+
+RESULT = "complete-result"
 
 
 def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -49,8 +57,8 @@ def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor |
         labels = labels.to(logits.device)
         total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
     if num_items_in_batch is None:
-        num_items_in_batch = (labels != IGNORE_INDEX).sum().clamp(min=1)
-    return total / num_items_in_batch
+        num_items_in_batch = (labels != IGNORE_INDEX).sum()
+    return total / torch.as_tensor(num_items_in_batch).clamp(min=1)
 
 
 class CPMTrainer(Trainer):
@@ -62,6 +70,7 @@ class CPMTrainer(Trainer):
     Args:
         continued_adapter: adapter folder that training began from. What its `vpm_resampler_embedtokens.pt` holds and
             this run keeps frozen is written again, so that the new folder is complete.
+        settings: what `training_settings.json` shall say, beside every saved model.
         group_elements: with ZeRO-1 and 2, most elements of a parameter group; None: groups as Trainer makes them. A
             checkpoint can be resumed only with what it was saved with.
         args, kwargs: as for Trainer.
@@ -72,9 +81,13 @@ class CPMTrainer(Trainer):
         *args,
         continued_adapter: str | os.PathLike | None = None,
         group_elements: int | None = GROUP_ELEMENTS,
+        settings: Mapping | None = None,
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        self.settings = settings
+        self._aside: Path | None = None  # where a checkpoint is being written
+        self._saved_step: int | None = None
         self.group_elements = group_elements
         self.continued_adapter = continued_adapter
         self.compute_loss_func = self.compute_loss_func or token_loss
@@ -87,6 +100,46 @@ class CPMTrainer(Trainer):
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
+        self.guard = Guard(getattr(self.args, "max_bad_steps", 3))
+        self.add_callback(self.guard)
+
+    def train(self, *args, **kwargs):
+        """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set."""
+        try:
+            with explained(self.guard, self.args, getattr(self.model, "config", None)):
+                return super().train(*args, **kwargs)
+        finally:
+            self.guard.restore_handlers()
+
+    def get_train_dataloader(self):
+        """As in Trainer; loader processes leave signals to the training process."""
+        loader = super().get_train_dataloader()
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's around torch's
+        seed, inner.worker_init_fn = inner.worker_init_fn, let_workers_live
+        if seed is not None:
+            inner.worker_init_fn = partial(_in_turn, (seed, let_workers_live))
+        return loader
+
+    def get_batch_samples(self, *args, **kwargs):
+        batches, items = super().get_batch_samples(*args, **kwargs)
+        self.guard.begin_step(batches)
+        return batches, items
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)
+        self.guard.see_loss(loss)
+        return loss
+
+    def _get_grad_norm(self, *args, **kwargs) -> torch.Tensor | float | None:
+        """As in Trainer; AdamW then leaves out a step whose gradients are not finite, as DeepSpeed does, rather than
+        spoil the weights. `found_inf` is how torch's GradScaler tells the fused optimizers, without waiting for the
+        device. Overrides a private method, since no callback is given the norm."""
+        norm = super()._get_grad_norm(*args, **kwargs)
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        fused = getattr(optimizer, "_step_supports_amp_scaling", False)
+        if fused and isinstance(norm, torch.Tensor) and not self.is_deepspeed_enabled and not self.accelerator.scaler:
+            optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
+        return norm
 
     @property
     def _zero_stage(self) -> int | None:
@@ -103,7 +156,7 @@ class CPMTrainer(Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
         """The Trainer's own, on `data` and the labels of the positions whose logits are computed."""
         labels = inputs["labels"]
-        wrapped = {"data": {name: value for name, value in inputs.items() if name != "labels"}}
+        wrapped = {"data": {name: value for name, value in inputs.items() if name not in ("labels", "ids")}}
         if self._takes_logits_index:
             wrapped["use_cache"] = False
             if not self._full_logits_wanted:
@@ -141,30 +194,73 @@ class CPMTrainer(Trainer):
             self._full_logits_wanted = False
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in Trainer. For LoRA at ZeRO-0, 1 and 2, where rank 0 holds all that is saved, without Trainer's copy of
-        the whole frozen model into the host memory of every rank."""
-        if isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2):
-            self._save(output_dir or self.args.output_dir)
-            if self.args.push_to_hub and not _internal_call:
+        """As in Trainer; the result is written aside and moved to its place when it is whole.
+
+        For LoRA at ZeRO-0, 1 and 2, where rank 0 holds all that is saved, without Trainer's copy of the whole frozen
+        model into the host memory of every rank.
+        """
+        if not _internal_call:
+            target = Path(output_dir or self.args.output_dir)
+            with written_aside(target / RESULT, self.args.should_save) as aside:
+                self.save_model(str(aside), _internal_call=True)
+            if self.args.should_save:
+                (target / RESULT / MANIFEST).unlink()
+                move_files(target / RESULT, target)
+            if self.args.push_to_hub:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        elif isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2):
+            self._save(output_dir)
         else:
-            super().save_model(output_dir, _internal_call)
+            super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As in Trainer; a LoRA run also writes every trained tensor that is no LoRA matrix."""
         super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         if isinstance(self.model, PeftModel) and self.args.should_save:
-            path = Path(output_dir or self.args.output_dir) / EXTRA_WEIGHTS_NAME
             extra = read_extra_tensors(self.continued_adapter) if self.continued_adapter else {}
             extra.update(extra_trained_tensors(self.model, state_dict))
-            torch.save(extra, path.with_suffix(".tmp"))
-            os.replace(path.with_suffix(".tmp"), path)
+            torch.save(extra, folder / EXTRA_WEIGHTS_NAME)
+        if self.settings is not None and self.args.should_save:
+            write_settings(self.settings, folder)
+
+    def _save_checkpoint(self, model: nn.Module, trial) -> None:
+        """As in Trainer, but written aside, checked and renamed (see `checkpoints.py`), and once for a step. Overrides
+        a private method, since Trainer has no public place around the whole of a save."""
+        step = self.state.global_step
+        if step == self._saved_step:
+            return
+        run_dir = Path(super()._get_output_dir(trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        with written_aside(folder, self.args.should_save) as aside:
+            self._aside = aside.parent
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._aside = None
+            if self.state.best_model_checkpoint == str(aside):
+                self.state.best_model_checkpoint = str(folder)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
+        self._saved_step = step
+        if self.args.should_save:
+            rotate_checkpoints(
+                output_dir=str(run_dir),
+                save_total_limit=self.args.save_total_limit,
+                best_model_checkpoint=self.state.best_model_checkpoint,
+                use_mtime=True,  # as Trainer does
+            )
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_tensors(self.model if model is None else model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.guard.signal:  # the run is not over
+            return
         super()._load_best_model()
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
@@ -199,6 +295,11 @@ class Checkpointing(TrainerCallback):
                 isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()
             )
             layer._gradient_checkpointing_func = partial(recompute, list(layer.parameters()), random)
+
+
+def _in_turn(functions: Sequence[Callable], worker: int) -> None:
+    for function in functions:
+        function(worker)
 
 
 class EpochLengthSampler(LengthGroupedSampler):

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import LLM_TYPES, ROOT, TESTS, launch
 from peft import AutoPeftModelForCausalLM
-from transformers import TrainerState
 
 from finetune import arguments as arguments_module
 from finetune.arguments import (
@@ -21,11 +20,11 @@ from finetune.arguments import (
     checkpoint_to_resume,
     load_config,
     parse_arguments,
-    set_checkpoints_aside,
 )
+from finetune.errors import UserError
 from finetune.finetune import load_model, prepare_trainable, train
 from finetune.minicpmv import MiniCPMV
-from finetune.reporting import RunFiles, parameter_table, plot_history
+from finetune.reporting import parameter_table, plot_history
 
 FINETUNE = ROOT / "finetune"
 DEEPSPEED_FILES = sorted(FINETUNE.glob("ds_config_*.json"))
@@ -146,7 +145,8 @@ def test_layer_replication(given, tmp_path):
         ("--use_liger_kernel true", "run on GPUs only"),
         ("--use_liger_kernel true", "pip install liger-kernel"),
         ("--label_smoothing_factor 0.1", "plain cross entropy"),
-        ("--resume_from_checkpoint nowhere", "is no checkpoint folder"),
+        ("--resume_from_checkpoint nowhere", "is no complete checkpoint"),
+        ("--max_bad_steps 0", "expected 1 or more"),
         ("--image_folder nowhere", "no such folder"),
         ("--no_such_flag 1", "there is no such flag"),
     ],
@@ -159,7 +159,7 @@ def test_wrong_combinations(given, flags, message, monkeypatch):
 
 def test_all_problems_at_once_and_before_weights(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
-    with pytest.raises(arguments_module.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         train(
             f"--model_name_or_path {tiny['minicpm']} --llm_type llama3 --data_path no.json --use_lora true "
             f"--tune_llm true --deepspeed no_ds.json --output_dir {tmp_path}".split()
@@ -170,7 +170,7 @@ def test_all_problems_at_once_and_before_weights(tiny, tmp_path, monkeypatch):
 
 def test_lora_target_is_reported_with_the_other_settings(tiny, tmp_path):
     base = f"--model_name_or_path {tiny['llama3']} --data_path no.json --output_dir {tmp_path} --use_lora true"
-    with pytest.raises(arguments_module.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         train([*base.split(), "--lora_target_modules", "llm.none"])
     assert "no.json: there is no such file" in str(caught.value) and "LoRA cannot be set up" in str(caught.value)
 
@@ -192,7 +192,7 @@ def test_resuming_leaves_checkpoints_where_they_are(tiny, data_file, tmp_path, m
 def test_wrong_lora_target_shows_before_weights(tiny, data_file, tmp_path, monkeypatch):
     monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
     base = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path} --use_lora true"
-    with pytest.raises(arguments_module.UserError, match="LoRA cannot be set up"):
+    with pytest.raises(UserError, match="LoRA cannot be set up"):
         train([*base.split(), "--lora_target_modules", "llm.none"])
 
 
@@ -201,7 +201,7 @@ def test_data_problems_stop_before_weights(tiny, tmp_path, monkeypatch):
     data = tmp_path / "train.json"
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     data.write_text(json.dumps([{"id": "a7", "image": "gone.png", "conversations": turns}, {"id": "b8"}]))
-    with pytest.raises(arguments_module.UserError) as caught:
+    with pytest.raises(UserError) as caught:
         train(f"--model_name_or_path {tiny['llama3']} --data_path {data} --output_dir {tmp_path / 'out'}".split())
     assert re.search(r"sample 0 \(id 'a7'\): picture \S+ does not exist", str(caught.value))
     assert "sample 1 (id 'b8'): field 'conversations' is missing" in str(caught.value)
@@ -227,32 +227,6 @@ def test_missing_output_dir(tiny, data_file):
     parsed = parse_arguments(["--model_name_or_path", str(tiny["llama3"]), "--data_path", str(data_file)])
     config = load_config(parsed[0].model_name_or_path)
     assert any("--output_dir is missing" in problem for problem in check_arguments(*parsed, config))
-
-
-def test_incomplete_checkpoint_is_passed_over(given, tmp_path):
-    for step, complete in ((3, True), (9, False)):
-        folder = tmp_path / "out" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if complete:
-            (folder / "trainer_state.json").write_text("{}")
-    (_, _, training, _), _ = given("--resume_from_checkpoint", "true")
-    assert Path(checkpoint_to_resume(training)).name == "checkpoint-3"
-
-
-def test_overwriting_sets_earlier_checkpoints_aside(tmp_path):
-    (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
-    set_checkpoints_aside(tmp_path)
-    assert [path.parent.parent for path in tmp_path.rglob("trainer_state.json")] == list(tmp_path.glob("earlier-*"))
-
-
-def test_a_loss_that_is_no_number_stops_the_run():
-    callback = RunFiles({})
-    state = TrainerState(global_step=7)
-    callback.on_log(None, state, None, logs={"loss": 1.0})
-    for loss in (float("nan"), float("inf")):
-        with pytest.raises(arguments_module.UserError, match="step 7"):
-            callback.on_log(None, state, None, logs={"loss": loss})
 
 
 def test_earlier_run_is_not_overwritten(given, tmp_path):

@@ -1,0 +1,233 @@
+"""Checkpoints that are complete or not there: written aside, looked over, renamed; and the newest complete one found.
+
+OUTPUT_DIR/incomplete/checkpoint-N    while it is written
+OUTPUT_DIR/checkpoint-N               when all of it is on the disk; complete.json lists its files and their sizes
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+
+logger = logging.getLogger("finetune")
+
+ASIDE = "incomplete"
+MANIFEST = "complete.json"
+STATE = "trainer_state.json"
+
+
+@contextmanager
+def written_aside(folder: Path, writes: bool) -> Iterator[Path]:
+    """Yields a folder to write in; afterwards its files are checked, brought to the disk and put in the place of
+    `folder`, which is thus whole or not there, wherever the run is killed. All processes must call it.
+
+    Args:
+        folder: what is to be written; a folder of this name, of an earlier run, is moved aside.
+        writes: whether this process makes and moves the folder (one on each disk).
+
+    Raises:
+        UserError: when writing fails; what was written is removed, older checkpoints stay as they are.
+    """
+    aside = folder.parent / ASIDE / folder.name
+    with _failures(folder, aside, writes):
+        if writes:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        over_processes(None)
+        yield aside
+        over_processes(None)
+        problem = None
+        if writes:
+            try:
+                write_manifest(aside)
+            except (OSError, ValueError) as error:
+                problem = error
+        for found in over_processes(problem):
+            if found is not None:
+                raise _Agreed(str(found)) from found
+        if writes:
+            if folder.exists():
+                _move_aside([folder], folder.parent)
+            os.replace(aside, folder)
+            _flush(folder.parent)
+            with suppress(OSError):  # holds what is left of another save
+                aside.parent.rmdir()
+
+
+class _Agreed(OSError):
+    """A failure that all processes know of."""
+
+
+@contextmanager
+def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+            raise
+        if writes:  # it would only take room
+            shutil.rmtree(aside, ignore_errors=True)
+        free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
+        before = newest_complete(folder.parent)
+        kept = f"the newest complete checkpoint is {before}" if before else "there is no complete checkpoint yet"
+        kind = UserError if isinstance(error, _Agreed) else ProcessError
+        raise kind(
+            f"{folder} could not be saved: {error}. {free / 2**30:.1f} GiB are free there; {kept}. Make room (or lower "
+            "--save_total_limit) and go on with --resume_from_checkpoint true"
+        ) from error
+
+
+def write_manifest(folder: Path) -> None:
+    """Check every file of a folder, bring it to the disk, and write `complete.json`.
+
+    Raises:
+        ValueError: naming a file that is not whole.
+        OSError: when the disk does not take it.
+    """
+    sizes = {}
+    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+        check_file(path)
+        _flush(path)
+        sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
+    (folder / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")
+    _flush(folder / MANIFEST)
+
+
+def check_file(path: Path) -> None:
+    """Whether a file has all that its own table of contents names; tensors are not read.
+
+    Raises:
+        ValueError: when it is cut off or no such file.
+    """
+    size = path.stat().st_size
+    try:
+        if path.suffix == ".safetensors":
+            with path.open("rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                header = json.loads(file.read(min(length, size)))
+            end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
+            if 8 + length + end != size:
+                raise ValueError(f"has {size} bytes, expected {8 + length + end}")
+        elif path.suffix in (".pt", ".pth", ".bin"):
+            with zipfile.ZipFile(path) as archive:  # its table of contents stands at its end
+                if any(entry.header_offset + entry.file_size > size for entry in archive.infolist()):
+                    raise ValueError("is cut off")
+        elif path.suffix == ".json":
+            json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is not whole: {error}") from error
+
+
+def fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None: it has all its files, of the size they were written with.
+
+    Checkpoints of earlier versions of this toolkit have no `complete.json`; `trainer_state.json` was written last.
+    """
+    if not (folder / STATE).is_file():
+        return f"it has no {STATE}"
+    try:
+        sizes = {}
+        if (folder / MANIFEST).is_file():
+            sizes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, size in sizes.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, expected {size}"
+        for path in [folder / name for name in sizes] or folder.iterdir():
+            if path.is_file():
+                check_file(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return str(error)
+    return None
+
+
+def newest_complete(output_dir: str | os.PathLike) -> str | None:
+    """The newest complete checkpoint of a folder, on this process's disk; newer ones that are not are named in a
+    warning."""
+    found = checkpoint_steps(output_dir)
+    return next((found[step] for step in sorted(found, reverse=True) if _usable(found[step])), None)
+
+
+def newest_everywhere(output_dir: str | os.PathLike) -> str | None:
+    """The newest checkpoint that is complete for every process of the run, whose machines may have disks of their
+    own; all processes must call it."""
+    found = checkpoint_steps(output_dir)
+    complete = {step for step, folder in found.items() if fault(Path(folder)) is None}
+    common = set.intersection(*over_processes(complete))
+    newest = max(common, default=None)
+    for step in sorted(found, reverse=True):
+        if newest is None or step > newest:
+            _warn_of(found[step], fault(Path(found[step])) or "another machine does not have all of it")
+    for folder in sorted(Path(output_dir, ASIDE).glob("checkpoint-*")):
+        _warn_of(str(folder), "its save was cut off")
+    return None if newest is None else found[newest]
+
+
+def checkpoint_steps(output_dir: str | os.PathLike) -> dict[int, str]:
+    """Folders `checkpoint-N` by N, complete or not."""
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if folder.is_dir()]
+    numbers = {folder: folder.name.removeprefix("checkpoint-") for folder in folders}
+    return {int(number): str(folder) for folder, number in numbers.items() if number.isdecimal()}
+
+
+def _usable(folder: str) -> bool:
+    why = fault(Path(folder))
+    if why is not None:
+        _warn_of(folder, why)
+    return why is None
+
+
+def _warn_of(folder: str, why: str) -> None:
+    if is_main_of_node():
+        logger.warning("%s is incomplete (%s) and is passed over", folder, why)
+
+
+def set_checkpoints_aside(output_dir: str | os.PathLike) -> None:
+    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new."""
+    _move_aside([Path(folder) for folder in checkpoint_steps(output_dir).values()], Path(output_dir))
+
+
+def _move_aside(folders: list[Path], output_dir: Path) -> None:
+    if not folders:
+        return
+    aside = output_dir / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+    number = 0
+    while aside.exists():
+        number += 1
+        aside = aside.with_name(f"{aside.name.split('_')[0]}_{number}")
+    aside.mkdir()
+    for folder in folders:
+        folder.rename(aside / folder.name)
+    logger.warning("moved %d checkpoints of an earlier run to %s", len(folders), aside)
+
+
+def move_files(source: Path, target: Path) -> None:
+    """Move everything in `source` to `target`, one rename for each, over what is there."""
+    for path in sorted(source.iterdir()):
+        if path.is_dir() and (target / path.name).is_dir():
+            move_files(path, target / path.name)
+        else:
+            os.replace(path, target / path.name)
+    source.rmdir()
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk: some file systems say only then that they are full."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,301 @@
+"""What watches over a run: signals, losses that are no number, steps with nothing to learn, memory, the loaders.
+
+Processes agree on everything at the end of each step, by a sum over the hosts that no device waits for.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import shlex
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from transformers import TrainerCallback
+
+from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+
+logger = logging.getLogger("finetune")
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+MAX_NAMES_SHOWN = 20
+PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
+
+
+class Step(NamedTuple):
+    """What an optimizer step of this process is made of, known without a look at the device."""
+
+    names: list[str]
+    """of its samples, for messages"""
+    tokens: int
+    slices: int
+    supervised: int
+
+    @classmethod
+    def of(cls, batches: Sequence[Mapping]) -> Step:
+        """Of the micro-batches of a step, as `data_collator` makes them."""
+        slices = sum(len(sample) for batch in batches for sample in batch.get("pixel_values") or ())
+        names = [str(name) for batch in batches for name in batch.get("ids") or ()]
+        return cls(names, sum(map(_tokens, batches)), slices, sum(map(_supervised, batches)))
+
+
+def _tokens(batch: Mapping) -> int:
+    lengths = batch.get("lengths")
+    return sum(lengths) if lengths is not None else batch["input_ids"].numel() if "input_ids" in batch else 0
+
+
+def _supervised(batch: Mapping) -> int:
+    index = batch.get("label_index")
+    if index is not None:
+        return len(index)
+    return int((batch["labels"] != -100).sum()) if "labels" in batch else 1  # of another collator
+
+
+class Guard(TrainerCallback):
+    """Stops a run at the end of a step: on a signal, with a checkpoint; on losses that are no number; on a step
+    without a supervised token.
+
+    A loss is looked at one step later on GPUs, so that nothing waits for it, but before anything is saved.
+
+    Args:
+        max_bad_steps: steps in a row whose loss is infinite or no number that end the run.
+
+    Attributes:
+        signal: the signal that stops the run, in any of its processes; 0: none.
+        step: the step that runs.
+    """
+
+    def __init__(self, max_bad_steps: int):
+        self.max_bad_steps = max_bad_steps
+        self.signal = self._received = 0
+        self.step = Step([], 0, 0, 1)
+        self._bad_steps = 0
+        self._losses: deque[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
+        self._bad_names: deque[list[str]] = deque(maxlen=max_bad_steps)
+        self._finite: torch.Tensor | None = None
+        self._hosts: torch.distributed.ProcessGroup | None = None
+        self._handlers: dict[int, object] = {}
+
+    def begin_step(self, batches: Sequence[Mapping]) -> None:
+        self.step = Step.of(batches)
+        self._finite = None
+
+    def see_loss(self, loss: torch.Tensor) -> None:
+        """The loss of a micro-batch, on its device."""
+        finite = torch.isfinite(loss.detach())
+        self._finite = finite if self._finite is None else self._finite & finite
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and self._hosts is None:
+            self._hosts = torch.distributed.new_group(backend="gloo")
+        if threading.current_thread() is threading.main_thread():
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                    self._handlers[number] = signal.signal(number, self._receive)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._note_loss()
+        everything = control.should_save or state.global_step >= state.max_steps
+        self._agree(state.global_step, everything)
+        if self.signal:
+            self._agree(state.global_step, everything=True)
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
+        if self._bad_steps and state.global_step >= state.max_steps:
+            raise UserError(
+                f"training ended at step {state.global_step} with a loss that is infinite or no number; the result is "
+                "not saved. Lower --learning_rate, or train in another precision (--bf16 true)"
+            )
+        self._hold_back(state, control)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._agree(state.global_step, everything=True)
+        self._hold_back(state, control)
+
+    def _hold_back(self, state, control) -> None:
+        """No checkpoint of a model that may be spoilt."""
+        if self._bad_steps and control.should_save:
+            control.should_save = False
+            if is_main_of_node():
+                logger.warning("no checkpoint at step %d: its loss is infinite or no number", state.global_step)
+
+    def restore_handlers(self) -> None:
+        """Signals do again what they did before training."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+    def _receive(self, number: int, _frame) -> None:
+        if not self._received and is_main_of_node():
+            message = f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step\n"
+            os.write(2, message.encode())  # writing to sys.stderr may interrupt itself
+        self._received = number
+        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes on what a terminal has sent already
+            signal.signal(number, self._handlers[number])  # a second one ends the run at once
+
+    def _note_loss(self) -> None:
+        if self._finite is None:
+            return
+        finite, event = self._finite.reshape(()), None
+        if finite.is_cuda:
+            finite = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(finite, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._losses.append((self.step.names, finite, event))
+        self._finite = None
+
+    def _agree(self, step: int, everything: bool) -> None:
+        """Sum up over the processes; `everything`: also the loss that the device may still be computing.
+
+        Raises:
+            UserError: in all processes.
+        """
+        late = not everything and self._losses and self._losses[-1][2] is not None
+        seen = [self._losses.popleft() for _ in range(len(self._losses) - bool(late))]
+        for _, _, event in seen:
+            if event is not None:
+                event.synchronize()
+        bad = [not bool(finite) for _, finite, _ in seen]
+        numbers = torch.tensor([bool(self._received), self.step.supervised, *bad], dtype=torch.int64)
+        if self._hosts is not None:
+            torch.distributed.all_reduce(numbers, group=self._hosts)
+        stopped, supervised, *bad_anywhere = numbers.tolist()
+        self.signal = (self._received or signal.SIGTERM) if stopped else 0
+        if not supervised:
+            raise UserError(
+                f"step {step} has no supervised token: there is nothing to learn in {self._names(self.step.names)}. "
+                "Look at their answers' weights and at --model_max_length"
+            )
+        for (names, _, _), own, anywhere in zip(seen, bad, bad_anywhere, strict=True):
+            self._bad_steps = self._bad_steps + 1 if anywhere else 0
+            self._bad_names.append(names if own else [])
+            if self._bad_steps >= self.max_bad_steps:
+                names = [name for of_step in self._bad_names for name in of_step]
+                raise UserError(
+                    f"the loss was infinite or no number in {self._bad_steps} steps in a row, the last of them step "
+                    f"{step} or the one before: nothing more would be learned. Their samples: {self._names(names)}. "
+                    "Lower --learning_rate, or train in another precision (--bf16 true), look at these samples, and "
+                    "go on from the last checkpoint with --resume_from_checkpoint true"
+                )
+
+    def _names(self, own: Sequence[str]) -> str:
+        names = list(dict.fromkeys(name for of_process in over_processes(list(own)) for name in of_process))
+        more = [f"and {len(names) - MAX_NAMES_SHOWN} more"] if len(names) > MAX_NAMES_SHOWN else []
+        return "; ".join([*names[:MAX_NAMES_SHOWN], *more]) or "samples without ids"
+
+
+@contextmanager
+def explained(guard: Guard, args, config=None) -> Iterator[None]:
+    """Out of memory, and loader processes that died, in words that help.
+
+    Args:
+        guard: knows what was computed.
+        args: the run's TrainingArguments.
+        config: of the model, for its slices; None: another model.
+
+    Raises:
+        ProcessError: in the process that met it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ProcessError(_out_of_memory(guard.step, args, config, str(error).splitlines()[0])) from error
+    except RuntimeError as error:
+        if "can't allocate memory" in str(error):
+            raise ProcessError(_out_of_memory(guard.step, args, config, "of the host: " + str(error)[:200])) from error
+        if "DataLoader worker" in str(error):
+            raise ProcessError(
+                f"a loader process died ({' '.join(str(error).split())[:300]}). Most often the host has run out of "
+                f"memory or of shared memory (/dev/shm): lower --dataloader_num_workers (it is "
+                f"{args.dataloader_num_workers}; 0 loads in the training process itself, and shows what fails there), "
+                "and go on with --resume_from_checkpoint true"
+            ) from error
+        raise
+
+
+def _out_of_memory(step: Step, args, config, cause: str) -> str:
+    return (
+        f"out of memory at a step of {len(step.names)} samples, {step.tokens} tokens and {step.slices} slices per "
+        f"process ({cause}). What helps, from what costs least: {'; '.join(memory_remedies(args, config))}. Then go on "
+        "with --resume_from_checkpoint true, if a checkpoint was saved"
+    )
+
+
+def memory_remedies(args, config=None) -> list[str]:
+    """Flags that take memory off a run with these arguments, those that cost least first."""
+    batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    lora = getattr(args, "use_lora", False)
+    deepspeed = getattr(args, "hf_deepspeed_config", None)
+    stage = deepspeed.get_value("zero_optimization.stage", 0) if deepspeed else 0
+    offload = bool(deepspeed and deepspeed.is_offload())
+    slices = config.slicing["max_slice_nums"] if hasattr(config, "slicing") else 0
+    remedies = [
+        (f"--batch_size 1 --gradient_accumulation_steps {batch * accumulation} (the same result)", batch > 1),
+        ("--gradient_checkpointing true", not (args.gradient_checkpointing or _newest_checkpointing(args))),
+        ("--model_max_length 1200", getattr(args, "model_max_length", 0) > 1200),
+        ("--max_slice_nums 4", slices > 4),
+        ("--tune_vision false", getattr(args, "tune_vision", False)),
+        ("--tune_embed_tokens false", lora and getattr(args, "tune_embed_tokens", False)),
+        ("--use_lora true --tune_llm false (finetune_lora.sh)", not lora),
+        ("DS_CONFIG=ds_config_zero2_offload.json (--deepspeed with that file)", stage < 3 and not offload),
+        ("DS_CONFIG=ds_config_zero3.json, on several GPUs", stage < 3 and args.world_size > 1),
+        ("DS_CONFIG=ds_config_zero3_offload.json", stage < 3 or not offload),
+        ("a GPU with more memory, or more GPUs", True),
+    ]
+    return [remedy for remedy, applies in remedies if applies]
+
+
+def _newest_checkpointing(args) -> bool:
+    return bool(getattr(args, "activation_checkpointing", False))
+
+
+def let_workers_live(_worker: int | None = None) -> None:
+    """In a loader process: signals to the whole group of processes (Ctrl-C, SLURM) are for the training process, which
+    still needs its samples; loader processes end with it."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def die_with_launcher() -> None:
+    """Under torchrun, on Linux: this process is killed when torchrun is, rather than train on beside a resumed run."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def resume_command(argv: Sequence[str]) -> str:
+    """The command that goes on with this run from its newest checkpoint.
+
+    Args:
+        argv: the program and its flags, as in sys.argv.
+    """
+    replaced = ("--resume_from_checkpoint", "--overwrite_output_dir")
+    words, skip = [], False
+    for word in argv:
+        name = word.split("=")[0]
+        if name in replaced:
+            skip = name == word
+        elif skip and not word.startswith("--"):
+            skip = False
+        else:
+            skip = False
+            words.append(word)
+    words += ["--resume_from_checkpoint", "true"]
+    start = [sys.executable]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        each = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // each
+        start += [str(Path(__file__).with_name("launch.py")), "--nproc_per_node", str(each)]
+        start += ["--standalone"] if nodes == 1 else [
+            *("--nnodes", str(nodes), "--node_rank", os.environ["GROUP_RANK"]),
+            *("--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]),
+        ]  # fmt: skip
+    settings = [f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}"] if os.environ.get("DS_ACCELERATOR") else []
+    return shlex.join([*settings, *start, *words])

@@ -1,0 +1,21 @@
+"""torchrun, for runs that save a checkpoint when they are told to stop.
+
+Given SIGTERM or Ctrl-C, torchrun passes it on, kills after 30 seconds what still runs, and ends with a traceback. A
+step of a large model and its checkpoint take longer, and the training says itself how to go on. (The 30 seconds can be
+changed from torch 2.12 on.)
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.run import main
+
+if __name__ == "__main__":
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    try:
+        main()
+    except SignalException as stopped:
+        sys.exit(128 + stopped.sigval)

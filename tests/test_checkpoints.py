@@ -1,0 +1,200 @@
+"""Checkpoints are whole or not there: what counts as whole, which one is taken, and what a full disk does."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import GOLDEN, ROOT, golden_batch
+from safetensors.torch import save_file
+from transformers import AutoModel, TrainerCallback
+
+from finetune.arguments import TrainingArguments
+from finetune.checkpoints import (
+    ASIDE,
+    MANIFEST,
+    check_file,
+    fault,
+    move_files,
+    newest_complete,
+    newest_everywhere,
+    set_checkpoints_aside,
+    written_aside,
+)
+from finetune.dataset import data_collator
+from finetune.errors import UserError
+from finetune.trainer import CPMTrainer
+
+
+def write_files(folder: Path) -> None:
+    """One file of every kind that a checkpoint has."""
+    save_file({"a": torch.arange(1000.0), "b": torch.zeros(3)}, folder / "model.safetensors", metadata={"format": "pt"})
+    torch.save({"a": torch.arange(1000.0)}, folder / "optimizer.pt")
+    (folder / "global_step7").mkdir()
+    torch.save([torch.zeros(100)], folder / "global_step7" / "states.pt")
+    (folder / "latest").write_text("global_step7")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 7}))
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    folder = tmp_path / "checkpoint-7"
+    with written_aside(folder, writes=True) as aside:
+        assert aside == tmp_path / ASIDE / "checkpoint-7" and not folder.exists()
+        write_files(aside)
+    return folder
+
+
+def test_a_checkpoint_is_there_when_it_is_whole(saved, tmp_path):
+    assert fault(saved) is None
+    listed = json.loads((saved / MANIFEST).read_text())["files"]
+    files = {file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()}
+    assert set(listed) == files - {MANIFEST}
+    assert not (tmp_path / ASIDE).exists()
+    assert newest_complete(tmp_path) == newest_everywhere(tmp_path) == str(saved)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.pt", "global_step7/states.pt", "latest", "trainer_state.json"]
+)
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_checkpoint_with_a_fault_is_passed_over(saved, tmp_path, caplog, name, listed):
+    """`listed` is False in checkpoints of earlier versions: there, only what a file says of itself shows."""
+    older = tmp_path / "checkpoint-5"
+    shutil.copytree(saved, older)
+    if not listed:
+        (saved / MANIFEST).unlink()
+    content = (saved / name).read_bytes()
+    for damaged in (None, content[:-3], content[: len(content) // 2], b""):
+        (saved / name).unlink() if damaged is None else (saved / name).write_bytes(damaged)
+        if listed or (name != "latest" and "/" not in name and (damaged is not None or name == "trainer_state.json")):
+            why = fault(saved)
+            assert why and Path(name).name in why
+            caplog.clear()
+            assert newest_complete(tmp_path) == newest_everywhere(tmp_path) == str(older)
+            assert "checkpoint-7 is incomplete" in caplog.text and "checkpoint-5" not in caplog.text
+        (saved / name).write_bytes(content)
+    assert newest_complete(tmp_path) == str(saved)
+
+
+def test_what_a_cut_off_save_left_is_not_used_and_is_replaced(tmp_path, caplog):
+    left = tmp_path / ASIDE / "checkpoint-7"
+    left.mkdir(parents=True)
+    write_files(left)
+    (left / "of_before").touch()
+    assert newest_complete(tmp_path) is None and newest_everywhere(tmp_path) is None
+    assert "checkpoint-7 is incomplete (its save was cut off)" in caplog.text
+    with written_aside(tmp_path / "checkpoint-7", writes=True) as aside:
+        assert list(aside.iterdir()) == []
+        write_files(aside)
+    assert fault(tmp_path / "checkpoint-7") is None
+
+
+def test_a_checkpoint_of_the_same_step_is_moved_aside(saved, tmp_path):
+    (saved / "mine").touch()
+    with written_aside(saved, writes=True) as aside:
+        write_files(aside)
+    assert not (saved / "mine").exists()
+    assert [path.parent.parent for path in tmp_path.rglob("mine")] == list(tmp_path.glob("earlier-*"))
+    set_checkpoints_aside(tmp_path)
+    assert not saved.exists() and len(list(tmp_path.rglob("model.safetensors"))) == 2
+
+
+def test_a_file_that_is_not_whole_is_found_before_the_rename(saved, tmp_path):
+    message = r"checkpoint-9 could not be saved.*optimizer\.pt is not whole.*checkpoint-7"
+    with pytest.raises(UserError, match=message), written_aside(tmp_path / "checkpoint-9", writes=True) as aside:
+        write_files(aside)
+        (aside / "optimizer.pt").write_bytes((aside / "optimizer.pt").read_bytes()[:-1])
+    assert not (tmp_path / "checkpoint-9").exists() and not any((tmp_path / ASIDE).iterdir())
+    assert newest_complete(tmp_path) == str(saved)
+
+
+def test_other_errors_are_not_about_saving(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes"), written_aside(tmp_path / "checkpoint-1", writes=True):
+        raise RuntimeError("shapes do not fit")
+
+
+def test_check_file_takes_any_other_file(tmp_path):
+    (tmp_path / "notes.txt").write_text("{")
+    check_file(tmp_path / "notes.txt")
+
+
+def test_move_files_into_a_folder_with_files(tmp_path):
+    for name in ("new/a", "new/sub/b", "old/a", "old/sub/c"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    move_files(tmp_path / "new", tmp_path / "old")
+    found = {file.relative_to(tmp_path).as_posix(): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
+    assert found == {"old/a": "new/a", "old/sub/b": "new/sub/b", "old/sub/c": "old/sub/c"}
+
+
+def trainer_of(tmp_path: Path, **arguments) -> CPMTrainer:
+    """Two steps an epoch on a tiny model."""
+    data = golden_batch("llama3")
+    items = [{**{name: value[row] for name, value in data.items()}, "id": f"s{row}"} for row in (0, 1)]
+    settings = {"report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "logging_steps": 1, "seed": 3}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **{**settings, **arguments})
+    model = AutoModel.from_pretrained(GOLDEN["llama3"], dtype=torch.float32)
+    return CPMTrainer(model=model, args=arguments, train_dataset=items, eval_dataset=items, data_collator=data_collator)
+
+
+def test_best_checkpoint_and_rotation(tmp_path):
+    """The paths that a checkpoint names are those where it ends up."""
+    arguments = {"save_steps": 1, "eval_steps": 1, "eval_strategy": "steps", "save_total_limit": 2, "max_steps": 4}
+    trainer = trainer_of(tmp_path, **arguments, load_best_model_at_end=True, learning_rate=1e-4)
+    trainer.train()
+    folders = sorted(tmp_path.glob("checkpoint-*"))
+    assert len(folders) == 2 and folders[-1].name == "checkpoint-4"
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{trainer.state.best_global_step}")
+    for folder in folders:
+        state = json.loads((folder / "trainer_state.json").read_text())
+        assert Path(state["best_model_checkpoint"]).parent == tmp_path
+        assert fault(folder) is None
+
+
+def test_one_save_for_a_step(tmp_path):
+    """As when a step's save and an epoch's meet."""
+    trainer = trainer_of(tmp_path, save_steps=2, max_steps=2)
+
+    class SaveAgain(TrainerCallback):
+        def on_epoch_end(self, _args, _state, control, **_):
+            (tmp_path / "checkpoint-2" / "mine").touch()
+            control.should_save = True
+
+    trainer.add_callback(SaveAgain())
+    trainer.train()
+    assert (tmp_path / "checkpoint-2" / "mine").is_file() and not list(tmp_path.glob("earlier-*"))
+
+
+LIMITED = """
+import resource, sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_checkpoints import trainer_of
+from transformers import TrainerCallback
+class Limit(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+trainer = trainer_of(Path({folder!r}), save_steps=1, max_steps=3)
+trainer.add_callback(Limit())
+trainer.train()
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 200_000])
+def test_a_file_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path, limit):
+    """A limit on file sizes, which tokenizer, weights or optimizer states meet, in place of a full disk."""
+    folder = tmp_path / "out"
+    program = LIMITED.format(paths=[str(ROOT), str(ROOT / "tests")], limit=limit, folder=str(folder))
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "checkpoint-2 could not be saved" in result.stderr
+    assert f"the newest complete checkpoint is {folder / 'checkpoint-1'}" in result.stderr
+    assert fault(folder / "checkpoint-1") is None
+    assert not list(folder.rglob("checkpoint-2"))

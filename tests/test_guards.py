@@ -1,0 +1,208 @@
+"""What watches over a run: losses that are no number, steps without anything to learn, memory, loaders, signals."""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import GOLDEN, golden_batch
+from torch.utils.data import get_worker_info
+from transformers import AutoModel, TrainerCallback
+
+from finetune.arguments import TrainingArguments
+from finetune.checkpoints import newest_complete
+from finetune.dataset import data_collator
+from finetune.errors import ProcessError, UserError
+from finetune.guards import memory_remedies, resume_command
+from finetune.trainer import CPMTrainer
+
+
+class Items(torch.utils.data.Dataset):
+    """Two samples, over and over; `spoil(number, item)` may change one."""
+
+    def __init__(self, count: int = 40, spoil=lambda number, item: item):
+        data = golden_batch("llama3")
+        self.rows = [{name: value[row] for name, value in data.items()} for row in (0, 1)]
+        self.count, self.spoil = count, spoil
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> dict:
+        return self.spoil(number, {**self.rows[number % 2], "id": f"sample {number}"})
+
+
+def trainer_of(tmp_path, items=None, model=None, callbacks=(), **arguments) -> CPMTrainer:
+    settings = {"report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "logging_steps": 1, "seed": 3}
+    settings |= {"save_strategy": "no", "max_steps": 6, "train_sampling_strategy": "sequential"}
+    arguments = TrainingArguments(output_dir=str(tmp_path), **{**settings, **arguments})
+    model = model or AutoModel.from_pretrained(GOLDEN["llama3"], dtype=torch.float32)
+    items = items or Items()
+    return CPMTrainer(
+        model=model, args=arguments, train_dataset=items, data_collator=data_collator, callbacks=list(callbacks)
+    )
+
+
+def spoil_losses(trainer: CPMTrainer, steps, value: float) -> None:
+    """Makes the loss of some steps, by number from 1, a `value` that is no number."""
+    plain = trainer.compute_loss_func
+
+    def loss(*args, **kwargs):
+        bad = trainer.state.global_step + 1 in steps
+        return plain(*args, **kwargs) * (value if bad else 1.0)
+
+    trainer.compute_loss_func = loss
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("most", "stops_at"), [(1, 2), (3, 6)])
+def test_bad_losses_stop_the_run(tmp_path, value, most, stops_at):
+    """Steps 2, 4, 5 and 6 are bad, so one in a row is step 2 and three are step 6."""
+    trainer = trainer_of(tmp_path, max_bad_steps=most, max_steps=20, save_strategy="steps", save_steps=1)
+    spoil_losses(trainer, (2, 4, 5, 6, 7, 8), value)
+    with pytest.raises(UserError, match=f"in {most} steps in a row") as caught:
+        trainer.train()
+    assert trainer.state.global_step == stops_at
+    names = [f"sample {number}" for number in range(stops_at - most, stops_at)]
+    assert f"Their samples: {'; '.join(names)}." in str(caught.value)
+    # nothing is saved of a model that may be spoilt
+    assert newest_complete(tmp_path) == str(tmp_path / f"checkpoint-{3 if most == 3 else 1}")
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.5, 0])
+def test_a_bad_step_changes_no_weight(tmp_path, max_grad_norm):
+    before, changed = [], []
+
+    class Look(TrainerCallback):
+        def on_pre_optimizer_step(self, _args, _state, _control, model=None, **_):
+            before[:] = [p.detach().clone() for p in model.parameters()]
+
+        def on_optimizer_step(self, _args, _state, _control, model=None, **_):
+            changed.append(any(not torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True)))
+
+    trainer = trainer_of(tmp_path, callbacks=[Look()], max_steps=4, max_grad_norm=max_grad_norm)
+    spoil_losses(trainer, (2, 3), float("nan"))
+    trainer.train()
+    assert changed == [True, False, False, True]
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+
+
+def test_a_run_that_ends_in_a_bad_step_is_no_success(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=2)
+    spoil_losses(trainer, (2,), float("nan"))
+    with pytest.raises(UserError, match="training ended at step 2"):
+        trainer.train()
+
+
+def test_a_step_without_supervised_tokens_names_its_samples(tmp_path):
+    def spoil(number, item):
+        return {**item, "labels": torch.full_like(item["labels"], -100)} if number in (4, 5, 7) else item
+
+    trainer = trainer_of(
+        tmp_path, Items(spoil=spoil), gradient_accumulation_steps=2, save_strategy="steps", save_steps=1
+    )
+    with pytest.raises(UserError, match=r"step 3 has no supervised token.*sample 4; sample 5"):
+        trainer.train()
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_out_of_memory_says_what_was_computed_and_what_helps(tmp_path):
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, model_max_length=2048)
+    plain = trainer.compute_loss_func
+
+    def loss(*args, **kwargs):
+        if trainer.state.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+        return plain(*args, **kwargs)
+
+    trainer.compute_loss_func = loss
+    with pytest.raises(ProcessError) as caught:
+        trainer.train()
+    items = [trainer.train_dataset[number] for number in (2, 3)]
+    tokens = sum(len(item["input_ids"]) for item in items)
+    slices = sum(len(item["pixel_values"]) for item in items)
+    assert f"a step of 2 samples, {tokens} tokens and {slices} slices" in str(caught.value)
+    assert "--batch_size 1 --gradient_accumulation_steps 2" in str(caught.value)
+    assert "Tried to allocate 2.00 GiB" in str(caught.value)
+
+
+def test_remedies_are_those_that_are_left():
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
+    settings |= {"use_lora": True, "tune_vision": False, "tune_embed_tokens": True, "model_max_length": 900}
+    settings |= {"world_size": 2, "hf_deepspeed_config": None}
+    config = SimpleNamespace(slicing={"max_slice_nums": 9})
+    remedies = memory_remedies(SimpleNamespace(**settings), config)
+    assert remedies[:2] == ["--max_slice_nums 4", "--tune_embed_tokens false"]
+    assert not any("batch_size" in r or "checkpointing" in r or "vision" in r or "max_length" in r for r in remedies)
+    assert sum("zero" in remedy for remedy in remedies) == 3
+    offload = SimpleNamespace(get_value=lambda *_: 3, is_offload=lambda: True)
+    remedies = memory_remedies(SimpleNamespace(**{**settings, "hf_deepspeed_config": offload}), config)
+    assert not any("zero" in remedy for remedy in remedies)
+
+
+def test_death_of_a_loader_process_is_reported(tmp_path):
+    def spoil(number, item):
+        if number == 4 and get_worker_info():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return item
+
+    trainer = trainer_of(tmp_path, Items(spoil=spoil), dataloader_num_workers=1)
+    with pytest.raises(ProcessError, match=r"a loader process died.*--dataloader_num_workers \(it is 1"):
+        trainer.train()
+
+
+class SignalAt(TrainerCallback):
+    def __init__(self, step: int, number: int):
+        self.step, self.number = step, number
+
+    def on_step_begin(self, _args, state, _control, **_):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, number, capfd):
+    before = signal.getsignal(number)
+    trainer = trainer_of(tmp_path, callbacks=[SignalAt(3, number)], eval_strategy="no")
+    trainer.train()
+    assert trainer.guard.signal == number and trainer.state.global_step == 3
+    assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-3")
+    assert signal.getsignal(number) == before
+    assert f"{number.name}: a checkpoint is saved" in capfd.readouterr().err
+
+
+def test_loader_processes_survive_the_signal_that_ends_training(tmp_path):
+    """Ctrl-C and SLURM reach every process of the group."""
+
+    def spoil(number, item):
+        if number == 3 and get_worker_info():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return item
+
+    trainer = trainer_of(tmp_path, Items(spoil=spoil), dataloader_num_workers=1)
+    trainer.train()
+    assert trainer.state.global_step == 6
+
+
+def test_resume_command(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    argv = ["finetune/finetune.py", "--data_path", "my data.json", "b.json", "--overwrite_output_dir", "true"]
+    argv += ["--resume_from_checkpoint=x", "--bf16", "--overwrite_output_dir", "--fp16", "false"]
+    command = resume_command(argv)
+    assert command.endswith(
+        "finetune/finetune.py --data_path 'my data.json' b.json --bf16 --fp16 false --resume_from_checkpoint true"
+    )
+    names = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "DS_ACCELERATOR": "cpu"}
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert "launch.py --nproc_per_node 2 --standalone finetune/finetune.py" in resume_command(argv)
+    assert resume_command(argv).startswith("DS_ACCELERATOR=cpu ")
+    for name, value in {"WORLD_SIZE": "6", "GROUP_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}.items():
+        monkeypatch.setenv(name, value)
+    expected = "--nproc_per_node 2 --nnodes 3 --node_rank 1 --master_addr a --master_port 7 finetune/finetune.py"
+    assert expected in resume_command(argv)
