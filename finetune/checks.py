@@ -5,9 +5,11 @@ The work is shared among the processes of a node and their workers; every proces
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,14 +23,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from finetune.data_files import Samples
 from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError
+from finetune.errors import UserError, over_processes
 from finetune.pictures import forget_sizes, load_image, picture_paths
 
 logger = logging.getLogger("finetune")
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
 MAX_PROBLEMS_SHOWN = 20
+BLOCK = 2**20
 CHUNK = 512  # samples that a worker takes at a time
 
 
@@ -45,6 +49,45 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {self.id!r:.100}): {self.cause}"
+
+
+def check_same_data(samples: Mapping[str, Samples]) -> None:
+    """Finds processes that read other data than the first, as where a machine has an older copy of a file.
+
+    Raises:
+        UserError: in all processes, with what each reads.
+    """
+    own = {split: [(Path(path).name, *_content(Path(path))) for path in of.paths] for split, of in samples.items()}
+    counts = {split: len(of) for split, of in samples.items()}
+    everyone = over_processes((socket.gethostname(), own, counts))
+    if all(each[1:] == everyone[0][1:] for each in everyone):
+        return
+    lines = []
+    for rank, (host, files, numbers) in enumerate(everyone):
+        reads = "; ".join(
+            f"{split}: {numbers[split]} samples, "
+            + ", ".join(f"{name} ({size} bytes, content {digest[:8]})" for name, size, digest in files[split])
+            for split in files
+        )
+        lines.append(f"process {rank} on {host} reads {reads}")
+    raise UserError("The processes read different data; give all machines the same files:\n" + report_problems(lines))
+
+
+def _content(path: Path) -> tuple[int, str]:
+    """Bytes of a file, or of all files in a folder, and a digest of what they hold: of all of it up to 1 GiB, then of
+    1024 blocks of 1 MiB."""
+    digest = hashlib.blake2b(digest_size=16)
+    total = 0
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not file.is_file():
+            continue
+        size = file.stat().st_size
+        total += size
+        with file.open("rb") as stream:
+            for block in range(min(-(-size // BLOCK), 1024)):
+                stream.seek(block * max(BLOCK, (size - BLOCK) // 1023))
+                digest.update(stream.read(BLOCK))
+    return total, digest.hexdigest()
 
 
 def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int | None = None) -> list[Problem]:

@@ -37,6 +37,7 @@ from finetune.arguments import (
 from finetune.checkpoints import newest_complete, set_checkpoints_aside
 from finetune.checks import (
     BAD_SAMPLES_NAME,
+    check_same_data,
     find_problems,
     leave_out_bad_samples,
     report_problems,
@@ -44,7 +45,7 @@ from finetune.checks import (
 )
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
-from finetune.errors import ProcessError, UserError, is_main_of_node
+from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, resume_command
 from finetune.loading import load_extra_tensors, resolved_settings
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
@@ -248,10 +249,14 @@ def _load_data(
         logger.warning("--eval_data_path is not used: --eval_strategy is no")
     elif data_args.eval_data_path:
         paths["eval"] = data_args.eval_data_path
-    try:
-        samples = {split: load_samples(files) for split, files in paths.items()}
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    samples, problems = {}, []
+    for split, files in paths.items():
+        try:
+            samples[split] = load_samples(files)
+        except ValueError as error:
+            problems.append(str(error))
+    _stop_on(problems, "These data files cannot be read:")
+    check_same_data(samples)
     datasets = {
         split: SupervisedDataset.for_checkpoint(
             config, tokenizer, samples[split], args.model_max_length, data_args.image_folder
@@ -270,8 +275,14 @@ def _load_data(
 
 
 def _stop_on(problems: list, title: str) -> None:
-    if problems:
-        raise UserError(f"{title}\n{report_problems(problems)}")
+    """Stops all processes where one has problems, which need not be the others' (a file that one machine lacks)."""
+    everyone = over_processes(problems)
+    if not any(everyone):
+        return
+    if all(each == everyone[0] for each in everyone):
+        raise UserError(f"{title}\n{report_problems(everyone[0])}")
+    own = [f"process {rank}: {problem}" for rank, each in enumerate(everyone) for problem in each]
+    raise UserError(f"{title}\n{report_problems(own)}")
 
 
 def _set_up_logging(args: TrainingArguments) -> None:
