@@ -25,6 +25,7 @@ logger = logging.getLogger("finetune")
 ASIDE = "incomplete"
 MANIFEST = "complete.json"
 STATE = "trainer_state.json"
+TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in the RuntimeErrors of torch.save
 
 
 @contextmanager
@@ -74,17 +75,18 @@ def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error) and "write" not in str(error):
+        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
             raise
         if writes:  # it would only take room
             shutil.rmtree(aside, ignore_errors=True)
         free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
         before = newest_complete(folder.parent)
-        kept = f"the newest complete checkpoint is {before}" if before else "there is no complete checkpoint yet"
+        kept = f"the newest complete checkpoint is {before}" if before else "no checkpoint is complete yet"
+        cause = f"torch.save could not write all of it ({error})" if isinstance(error, RuntimeError) else str(error)
         kind = UserError if isinstance(error, _Agreed) else ProcessError
         raise kind(
-            f"{folder} could not be saved: {error}. {free / 2**30:.1f} GiB are free there; {kept}. Make room (or lower "
-            "--save_total_limit) and go on with --resume_from_checkpoint true"
+            f"{folder} could not be saved: {cause}. {free / 2**20:,.0f} MiB are free there; {kept}. Make room (or "
+            "lower --save_total_limit) and go on with --resume_from_checkpoint true"
         ) from error
 
 

@@ -96,6 +96,8 @@ class Guard(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and self._hosts is None:
             self._hosts = torch.distributed.new_group(backend="gloo")
+        self.signal = self._received = self._bad_steps = 0
+        self._losses.clear()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) != signal.SIG_IGN:  # nohup

@@ -243,6 +243,8 @@ class CPMTrainer(Trainer):
                 if self.args.should_save:
                     self.state.save_to_json(str(aside / TRAINER_STATE_NAME))
         self._saved_step = step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
         if self.args.should_save:
             rotate_checkpoints(
                 output_dir=str(run_dir),
@@ -250,6 +252,10 @@ class CPMTrainer(Trainer):
                 best_model_checkpoint=self.state.best_model_checkpoint,
                 use_mtime=True,  # as Trainer does
             )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._aside is None:  # else Trainer asks for it before the checkpoint is in its place
+            super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)

@@ -198,3 +198,34 @@ def test_a_file_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path, li
     assert f"the newest complete checkpoint is {folder / 'checkpoint-1'}" in result.stderr
     assert fault(folder / "checkpoint-1") is None
     assert not list(folder.rglob("checkpoint-2"))
+
+
+FULL = """
+import sys
+sys.path[:0] = {paths!r}
+from pathlib import Path
+from test_checkpoints import trainer_of
+from finetune.checkpoints import fault
+folder = Path({folder!r})
+try:
+    trainer_of(folder / "out", save_steps=1, max_steps=3).train()
+finally:
+    left = sorted(path.name for path in (folder / "out").glob("**/checkpoint-*"))
+    sys.stderr.write(f"left {{left}} {{fault(folder / 'out' / 'checkpoint-1')}}\\n")
+"""
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
+    """A disk of 12 MiB; a checkpoint has 8."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    program = tmp_path / "program.py"
+    program.write_text(FULL.format(paths=[str(ROOT), str(ROOT / "tests")], folder=str(disk)))
+    command = f"mount -t tmpfs -o size=12m none {disk} && exec {sys.executable} {program}"
+    if subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    result = subprocess.run(["unshare", "-rm", "sh", "-c", command], capture_output=True, text=True, timeout=120)
+    assert result.returncode != 0
+    assert "checkpoint-2 could not be saved" in result.stderr, result.stderr[-3000:]
+    assert "left ['checkpoint-1'] None" in result.stderr

@@ -206,3 +206,35 @@ def test_resume_command(monkeypatch):
         monkeypatch.setenv(name, value)
     expected = "--nproc_per_node 2 --nnodes 3 --node_rank 1 --master_addr a --master_port 7 finetune/finetune.py"
     assert expected in resume_command(argv)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_loss_is_looked_at_a_step_later_and_before_a_save(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=20, save_strategy="steps", save_steps=4)
+    spoil_losses(trainer, (2, 3, 4, 5, 6, 7), float("nan"))
+    with pytest.raises(UserError, match=r"in 3 steps in a row.*sample 1; sample 2; sample 3\."):
+        trainer.train()
+    assert trainer.state.global_step == 4  # where a checkpoint would be saved, all losses are looked at
+    assert all(p.isfinite().all() for p in trainer.model.parameters())
+    trainer = trainer_of(tmp_path, max_steps=20)
+    spoil_losses(trainer, (2, 3, 4, 5, 6, 7), float("nan"))
+    with pytest.raises(UserError, match=r"in 3 steps in a row"):
+        trainer.train()
+    assert trainer.state.global_step == 5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_resume_on_a_gpu(tmp_path, precision):
+    """With the scaler of float16, and dropout."""
+    losses = []
+    for folder in ("whole", "halves"):
+        for steps in (6,) if folder == "whole" else (3, 6):
+            model = AutoModel.from_pretrained(GOLDEN["llama3"], dtype=torch.float32)
+            model.llm.model.layers[0].mlp.act_fn = torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Dropout(0.2))
+            arguments = {"save_strategy": "steps", "save_steps": 3, "max_steps": 6, precision: True}
+            callbacks = [SignalAt(steps, signal.SIGTERM)] if steps == 3 else []
+            trainer = trainer_of(tmp_path / folder, model=model, callbacks=callbacks, **arguments)
+            trainer.train(resume_from_checkpoint=folder == "halves" and steps == 6)
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert len(losses[0]) == 6 and losses[0] == pytest.approx(losses[1], rel=1e-3)
