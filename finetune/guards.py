@@ -100,7 +100,7 @@ class Guard(TrainerCallback):
         self._losses.clear()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup; a handler that is no Python
                     self._handlers[number] = signal.signal(number, self._receive)
 
     def on_step_end(self, args, state, control, **kwargs):

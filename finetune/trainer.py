@@ -105,6 +105,7 @@ class CPMTrainer(Trainer):
 
     def train(self, *args, **kwargs):
         """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set."""
+        self._saved_step = None
         try:
             with explained(self.guard, self.args, getattr(self.model, "config", None)):
                 return super().train(*args, **kwargs)
