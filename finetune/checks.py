@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from finetune.arguments import UserError
 from finetune.dataset import SupervisedDataset
-from finetune.pictures import forget_sizes, load_image, picture_paths
+from finetune.pictures import forget_sizes, picture_paths
 
 logger = logging.getLogger("finetune")
 
@@ -141,7 +141,7 @@ def decode_pictures(dataset: SupervisedDataset, index: int) -> None:
         ValueError: naming the picture that cannot be decoded.
     """
     for picture in picture_paths(dataset.raw_data[index].get("image")):
-        load_image(picture, dataset.folder(index))
+        dataset.load_image(picture, index)
 
 
 def _lengths_of(dataset: SupervisedDataset, indices: range) -> np.ndarray:

@@ -30,6 +30,7 @@ from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
+from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
 
@@ -92,6 +93,11 @@ class CPMTrainer(Trainer):
     def _zero_stage(self) -> int | None:
         """0 to 3; None without DeepSpeed."""
         return self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
+
+    def train(self, *args, **kwargs):
+        """As in Trainer; whatever lies in the checkpoint to resume, no code of it is executed."""
+        with no_code_from_files(self.is_deepspeed_enabled):
+            return super().train(*args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
         """As in Trainer; for ZeRO-1 and 2 in groups of a limited size, see `zero.py`."""
