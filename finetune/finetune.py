@@ -45,6 +45,7 @@ from finetune.checks import (
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.loading import load_extra_tensors, load_tokenizer, resolved_settings
+from finetune.machines import agreed_checkpoint, problems_of_all_nodes, save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
 from finetune.safe_files import code_in
@@ -66,7 +67,8 @@ def train(argv: list[str] | None = None) -> None:
     problems = check_arguments(model_args, data_args, args, lora_args, config)
     if not isinstance(config, str) and not trained_set_problems(args, lora_args):
         problems += _trainable_problems(config, args, lora_args)
-    _stop_on(problems, "These settings cannot work:")
+    _stop_on(problems_of_all_nodes(problems), "These settings cannot work:")
+    save_where_all_can_read(args)
 
     try:
         tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
@@ -74,11 +76,11 @@ def train(argv: list[str] | None = None) -> None:
         raise UserError(f"--model_name_or_path {error}") from error
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
-    checkpoint = checkpoint_to_resume(args)
-    _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
+    checkpoint = agreed_checkpoint(checkpoint_to_resume(args))
+    _stop_on(problems_of_all_nodes(code_in(checkpoint) if checkpoint else []), "This checkpoint is not loaded:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
-    if args.overwrite_output_dir and checkpoint is None and args.process_index == 0:
+    if args.overwrite_output_dir and checkpoint is None and args.should_save:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
     model = load_model(model_args, args, lora_args, config)
@@ -115,7 +117,7 @@ def train(argv: list[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_state()
     trainer.save_model()
-    if trainer.is_world_process_zero():
+    if args.should_save:
         write_settings(settings, args.output_dir)
         plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
     if data_args.bad_samples == "skip":

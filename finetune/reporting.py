@@ -77,7 +77,7 @@ class RunFiles(TrainerCallback):
         self.settings = settings
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if args.should_save:  # on disks of each node's own once a node, since it is read on resume
             write_settings(self.settings, Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
     def on_log(self, args, state, control, logs=None, **kwargs):

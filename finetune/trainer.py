@@ -27,6 +27,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
+from finetune.machines import name_deepspeeds_step, whole_state_dict
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
@@ -148,9 +149,16 @@ class CPMTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer. For LoRA at ZeRO-0, 1 and 2, where rank 0 holds all that is saved, without Trainer's copy of
-        the whole frozen model into the host memory of every rank."""
-        if isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2):
-            self._save(output_dir or self.args.output_dir)
+        the whole frozen model into the host memory of every rank. At ZeRO-3 on disks of each node's own, where Trainer
+        gives the weights to the first node alone, in every node's folder."""
+        on_each_node = self._zero_stage == 3 and self.args.save_on_each_node
+        if on_each_node or (isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2)):
+            state_dict = None
+            if on_each_node:
+                state_dict = whole_state_dict(
+                    self.deepspeed, keep=self.args.should_save, trained_only=isinstance(self.model, PeftModel)
+                )
+            self._save(output_dir or self.args.output_dir, state_dict)
             if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         else:
@@ -165,6 +173,13 @@ class CPMTrainer(Trainer):
             extra.update(extra_trained_tensors(self.model, state_dict))
             torch.save(extra, path.with_suffix(".tmp"))
             os.replace(path.with_suffix(".tmp"), path)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in Trainer; on disks of each node's own, with the file that DeepSpeed writes on the first node alone. A
+        private method, since that file belongs to the checkpoint before it is complete; see `name_deepspeeds_step`."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.should_save:
+            name_deepspeeds_step(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
