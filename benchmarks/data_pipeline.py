@@ -108,7 +108,8 @@ def main() -> None:
         folder = Path(name)
         path = write_data(folder)
         checkpoint = arguments.model_name_or_path or write_checkpoint(MODELS[0], folder / "tiny")
-        config, tokenizer = AutoConfig.from_pretrained(checkpoint), AutoTokenizer.from_pretrained(checkpoint)
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
         make = partial(
             SupervisedDataset,
             load_samples(path),

@@ -546,7 +546,7 @@ def finetune_arguments(options: argparse.Namespace, further: list[str], folder: 
     ready = folder / "ready"
     if fills:
         model = write_model(options.model, folder)
-        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
         write_data(options.pictures, order, options.answer_tokens, tokenizer, folder)
         ready.write_text(str(model))
     for _ in range(6000):

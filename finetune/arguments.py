@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 from transformers.utils import is_liger_kernel_available
 
 from finetune.checkpoints import fault, newest_complete, newest_everywhere
-from finetune.loading import EXTRA_WEIGHTS_NAME
+from finetune.loading import EXTRA_WEIGHTS_NAME, weights_with_code
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 from finetune.zero import without_communication
 
@@ -48,6 +48,10 @@ class DataArguments:
     )
     image_folder: str | None = field(
         default=None, metadata={"help": "Where relative picture paths begin. None: at the folder of the data file."}
+    )
+    image_folder_only: bool = field(
+        default=False,
+        metadata={"help": "Samples whose picture lies outside --image_folder, links followed, cannot be used."},
     )
     bad_samples: str = field(
         default="fail",
@@ -320,9 +324,11 @@ def load_config(path: str, cache_dir: str | None = None) -> MiniCPMVConfig | str
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
         return f"--model_name_or_path {path}: there is no such folder, and it is no hub name (owner/name)"
     try:
-        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir)
-        if not isinstance(config, MiniCPMVConfig):
-            return f"--model_name_or_path {path}: is a {config.model_type!r} model, expected 'minicpmv'"
+        # Looked at before anything is made of it: of another kind, it may ask for code of its own to be run.
+        kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
+        if kind != MiniCPMVConfig.model_type:
+            return f"--model_name_or_path {path}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         _ = config.llm_type
     except (OSError, ValueError) as error:
         return f"--model_name_or_path {path}: {error}"
@@ -364,6 +370,9 @@ def check_arguments(
         problems.append("--train_sampling_strategy batch_rebalance would decode every picture; use group_by_length")
     if data.image_folder and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: there is no such folder")
+    if data.image_folder_only and not data.image_folder:
+        problems.append("--image_folder_only true needs --image_folder")
+    problems += weights_with_code(model.model_name_or_path)
     if training.eval_strategy != "no" and not data.eval_data_path:
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     if training.remove_unused_columns:
@@ -446,6 +455,7 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
     for file in ("adapter_config.json", EXTRA_WEIGHTS_NAME) if lora.lora_weight_path else ():
         if not Path(lora.lora_weight_path, file).is_file():
             problems.append(f"--lora_weight_path {lora.lora_weight_path}: holds no {file}")
+    problems += weights_with_code(lora.lora_weight_path) if lora.lora_weight_path else []
     try:
         re.compile(lora.lora_target_modules)
     except re.error as error:

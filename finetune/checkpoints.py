@@ -165,11 +165,21 @@ def newest_complete(output_dir: str | os.PathLike) -> str | None:
 
 def newest_everywhere(output_dir: str | os.PathLike) -> str | None:
     """The newest checkpoint that is complete for every process of the run, whose machines may have disks of their
-    own; all processes must call it."""
+    own; all processes must call it.
+
+    Raises:
+        UserError: in all of them, when each machine has one, but none that all have.
+    """
     found = checkpoint_steps(output_dir)
     complete = {step for step, folder in found.items() if fault(Path(folder)) is None}
-    common = set.intersection(*over_processes(complete))
-    newest = max(common, default=None)
+    everyone = over_processes(complete)
+    newest = max(set.intersection(*everyone), default=None)
+    if newest is None and any(everyone):
+        steps = "; ".join(f"process {rank}: {sorted(steps) or 'none'}" for rank, steps in enumerate(everyone))
+        raise UserError(
+            f"--resume_from_checkpoint: the machines have no complete checkpoint in common in {output_dir} (steps of "
+            f"{steps}). Copy one to the machines that lack it, or start anew with --overwrite_output_dir true"
+        )
     for step in sorted(found, reverse=True):
         if newest is None or step > newest:
             _warn_of(found[step], fault(Path(found[step])) or "another machine does not have all of it")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from finetune.data_files import Samples
 from finetune.dataset import SupervisedDataset
 from finetune.errors import UserError, over_processes
-from finetune.pictures import forget_sizes, load_image, picture_paths
+from finetune.pictures import forget_sizes, picture_paths
 
 logger = logging.getLogger("finetune")
 
@@ -184,7 +184,7 @@ def decode_pictures(dataset: SupervisedDataset, index: int) -> None:
         ValueError: naming the picture that cannot be decoded.
     """
     for picture in picture_paths(dataset.raw_data[index].get("image")):
-        load_image(picture, dataset.folder(index))
+        dataset.load_image(picture, index)
 
 
 def _lengths_of(dataset: SupervisedDataset, indices: range) -> np.ndarray:

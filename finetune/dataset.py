@@ -94,6 +94,7 @@ class SupervisedDataset(Dataset):
         max_length: truncate samples to so many tokens, see `truncate`; None: leave that to the collator.
         image_folder: where relative picture paths begin; None: at the folder of the sample's file, where `raw_data`
             comes from `load_samples`, else at the working directory.
+        image_folder_only: a sample whose picture path leads out of `image_folder` cannot be used.
 
     An item: `input_ids`, `position_ids`, `labels` (L,) int64, labels already shifted; `attention_mask` (L,) bool;
     `pixel_values`, a list of S tensors; `tgt_sizes` (S, 2) int32, patches high and wide; `image_bound` (S, 2) int64,
@@ -115,6 +116,7 @@ class SupervisedDataset(Dataset):
         batch_vision: bool = False,
         max_length: int | None = None,
         image_folder: str | os.PathLike | None = None,
+        image_folder_only: bool = False,
     ):
         self.raw_data = raw_data
         self.transform = transform
@@ -126,6 +128,7 @@ class SupervisedDataset(Dataset):
         self.batch_vision = batch_vision
         self.max_length = max_length
         self.image_folder = image_folder
+        self.image_folder_only = image_folder_only
         self.lengths: list[int] | None = None  # in tokens, where batches are to be grouped by length
 
     @classmethod
@@ -136,6 +139,7 @@ class SupervisedDataset(Dataset):
         samples: Sequence[Mapping],
         max_length: int | None = None,
         image_folder: str | os.PathLike | None = None,
+        image_folder_only: bool = False,
     ) -> SupervisedDataset:
         """The data set as `finetune.py` trains on it: pixels in uint8, everything else as the checkpoint's config
         says."""
@@ -150,6 +154,7 @@ class SupervisedDataset(Dataset):
             batch_vision=config.llm_type == "llama3",
             max_length=max_length,
             image_folder=image_folder,
+            image_folder_only=image_folder_only,
         )
 
     def __len__(self) -> int:
@@ -160,7 +165,7 @@ class SupervisedDataset(Dataset):
             sample = self.sample(index)
             item = encode(
                 sample["conversations"],
-                map_pictures(sample.get("image"), lambda picture: load_image(picture, self.folder(index))),
+                map_pictures(sample.get("image"), lambda picture: self.load_image(picture, index)),
                 self.tokenizer,
                 self.llm_type,
                 self.query_nums,
@@ -204,6 +209,10 @@ class SupervisedDataset(Dataset):
         if self.image_folder is None and isinstance(self.raw_data, Samples):
             return self.raw_data.folder(index)
         return self.image_folder
+
+    def load_image(self, picture, index: int) -> Image.Image:
+        """A picture of the sample, see `pictures.load_image`."""
+        return load_image(picture, self.folder(index), self.image_folder_only)
 
     def measure(self, index: int) -> Measure:
         """Lengths of a sample, from the headers of its pictures; nothing is decoded.
@@ -252,7 +261,9 @@ class SupervisedDataset(Dataset):
         """A sample's turns with placeholder text for its pictures, and the grid of each picture."""
         sample = self.sample(index)
         slicing = slicing_of(self.slice_config, self.patch_size)
-        sizes = map_pictures(sample.get("image"), lambda picture: picture_size(picture, self.folder(index)))
+        sizes = map_pictures(
+            sample.get("image"), lambda picture: picture_size(picture, self.folder(index), self.image_folder_only)
+        )
         grids = []
 
         def describe(size: tuple[int, int]) -> str:

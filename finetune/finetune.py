@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from transformers import AutoTokenizer
 
 from finetune.arguments import (
     DataArguments,
@@ -47,9 +46,11 @@ from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, resume_command
-from finetune.loading import load_extra_tensors, resolved_settings
+from finetune.loading import load_extra_tensors, load_tokenizer, resolved_settings
+from finetune.machines import save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import parameter_table, plot_history, settings_record
+from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
 from finetune.zero import GROUP_ELEMENTS
 
@@ -69,14 +70,19 @@ def train(argv: list[str] | None = None) -> None:
     if not isinstance(config, str) and not trained_set_problems(args, lora_args):
         problems += _trainable_problems(config, args, lora_args)
     _stop_on(problems, "These settings cannot work:")
+    save_where_all_can_read(args)
 
-    tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, cache_dir=args.cache_dir)
+    try:
+        tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
+    except ValueError as error:
+        raise UserError(f"--model_name_or_path {error}") from error
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
     checkpoint = checkpoint_to_resume(args)
+    _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
-    if args.overwrite_output_dir and checkpoint is None and args.process_index == 0:
+    if args.overwrite_output_dir and checkpoint is None and args.should_save:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
     model = load_model(model_args, args, lora_args, config)
@@ -115,7 +121,7 @@ def train(argv: list[str] | None = None) -> None:
         _stop(trainer)
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
+    if args.should_save:
         plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
     if data_args.bad_samples == "skip":
         record = Path(args.output_dir, BAD_SAMPLES_NAME)
@@ -155,6 +161,7 @@ def load_model(
         model_args.model_name_or_path,
         config=config,
         cache_dir=args.cache_dir,
+        trust_remote_code=False,
         dtype=torch.float32 if trains_most else args.compute_dtype,
         attn_implementation=model_args.attn_implementation,
     )
@@ -259,7 +266,12 @@ def _load_data(
     check_same_data(samples)
     datasets = {
         split: SupervisedDataset.for_checkpoint(
-            config, tokenizer, samples[split], args.model_max_length, data_args.image_folder
+            config,
+            tokenizer,
+            samples[split],
+            args.model_max_length,
+            data_args.image_folder,
+            data_args.image_folder_only,
         )
         for split in paths
     }

@@ -24,13 +24,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from transformers import AutoTokenizer
+from transformers.hf_argparser import string_to_bool
 
 from finetune.arguments import load_config
 from finetune.checks import Problem, decode_pictures, report_problems, scan
 from finetune.data_files import load_samples
 from finetune.data_report import Card, write_report
 from finetune.dataset import Measure, SampleError, SupervisedDataset, truncate
+from finetune.loading import load_tokenizer
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 
 CANDIDATE_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens
@@ -181,6 +182,14 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="folder of a checkpoint, or its name on the hub")
     parser.add_argument("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
     parser.add_argument("--image_folder", help="where relative picture paths begin; default: the data file's folder")
+    parser.add_argument(
+        "--image_folder_only",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="true: samples whose picture lies outside --image_folder cannot be used; default: false",
+    )
     parser.add_argument("--model_max_length", type=int, help="judge samples by this length in tokens; default: do not")
     parser.add_argument("--max_slice_nums", type=int, help="most slices of a picture; default: the checkpoint's")
     parser.add_argument("--num_workers", type=int, help="processes; default: as many as there are cores")
@@ -199,18 +208,29 @@ def main() -> None:
         wrong.append(f"--num_workers {arguments.num_workers}: expected 0 or more")
     if arguments.image_folder and not Path(arguments.image_folder).is_dir():
         wrong.append(f"--image_folder {arguments.image_folder}: there is no such folder")
+    if arguments.image_folder_only and not arguments.image_folder:
+        wrong.append("--image_folder_only true needs --image_folder")
     try:
         samples = load_samples(arguments.data_path)
     except ValueError as error:
         wrong.append(str(error))
+    if not wrong:
+        try:
+            tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.cache_dir)
+        except ValueError as error:
+            wrong.append(f"--model_name_or_path {error}")
     if wrong:
         parser.exit(2, "".join(f"inspect_data.py: {line}\n" for line in wrong))
 
     if arguments.max_slice_nums is not None:
         config.set_max_slice_nums(arguments.max_slice_nums)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path, cache_dir=arguments.cache_dir)
     dataset = SupervisedDataset.for_checkpoint(
-        config, tokenizer, samples, arguments.model_max_length, arguments.image_folder
+        config,
+        tokenizer,
+        samples,
+        arguments.model_max_length,
+        arguments.image_folder,
+        arguments.image_folder_only,
     )
     found = Inspection(dataset, arguments.num_workers)
     summary = found.summary(config, arguments.data_path)

@@ -18,7 +18,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
-import finetune.minicpmv  # noqa: F401 (registers the models)
+from finetune.minicpmv import MiniCPMVTokenizer, MiniCPMVTokenizerFast  # which also registers the models
+from finetune.safe_files import code_in
 
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
@@ -27,13 +28,18 @@ SETTINGS_NAME = "training_settings.json"
 def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, object]:
     """Model in evaluation mode and tokenizer, from an adapter folder or a complete checkpoint.
 
+    No code that lies in the folder, or in the base of an adapter, is executed.
+
     Args:
         kwargs: for `from_pretrained`, such as `dtype` or `device_map` (default: "auto").
 
     Raises:
-        ValueError: when an adapter folder lacks `vpm_resampler_embedtokens.pt`, or it does not fit the base model.
+        ValueError: when an adapter folder lacks `vpm_resampler_embedtokens.pt`, or it does not fit the base model; when
+            a file could not be loaded without executing what lies in it.
     """
-    kwargs.setdefault("device_map", "auto")
+    if problems := weights_with_code(folder):
+        raise ValueError("\n".join(problems))
+    kwargs = {"device_map": "auto", **kwargs, "trust_remote_code": False}
     if Path(folder, "adapter_config.json").is_file():
         model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)
         load_extra_tensors(model, folder)
@@ -42,7 +48,30 @@ def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, obje
             model.get_base_model().config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
     else:
         model = AutoModel.from_pretrained(folder, **kwargs)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    return model.eval(), load_tokenizer(folder)
+
+
+def load_tokenizer(path: str | os.PathLike, cache_dir: str | None = None):
+    """The tokenizer of the checkpoint or adapter `path` (a folder, or its name on the hub).
+
+    Raises:
+        ValueError: when it is missing or of another kind, which may be code that lies in the checkpoint.
+    """
+    expected = "expected tokenizer_class MiniCPMVTokenizer or MiniCPMVTokenizerFast in tokenizer_config.json"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: the tokenizer cannot be loaded: {error}; {expected}") from error
+    if not isinstance(tokenizer, MiniCPMVTokenizer | MiniCPMVTokenizerFast):
+        raise ValueError(f"{path}: has a tokenizer of another kind, read as {type(tokenizer).__name__}; {expected}")
+    return tokenizer
+
+
+def weights_with_code(folder: str | os.PathLike) -> list[str]:
+    """`code_in` for the files that loading a checkpoint or adapter would read its weights from; nothing for a hub name,
+    whose files PyTorch itself refuses when they are read."""
+    pickled = [] if any(Path(folder).glob("*.safetensors")) else ["pytorch_model*.bin", "adapter_model.bin"]
+    return code_in(folder, *pickled, EXTRA_WEIGHTS_NAME)
 
 
 def resolved_settings(folder: str | os.PathLike) -> dict:

@@ -26,21 +26,22 @@ MAX_PIXELS = 128 * 2**20
 Picture = str | Mapping
 
 
-def load_image(picture: Picture, folder: str | os.PathLike | None = None) -> Image.Image:
+def load_image(picture: Picture, folder: str | os.PathLike | None = None, inside: bool = False) -> Image.Image:
     """Read a picture as a person sees it, in RGB (see `upright_rgb`).
 
     Args:
         picture: path or embedded picture.
         folder: where a relative path begins, see `resolve`.
+        inside: refuse a path that leads out of `folder`.
 
     Raises:
-        ValueError: naming the picture, when it is missing, no picture, damaged or too large.
+        ValueError: naming the picture, when it is missing, no picture, damaged, too large or outside.
     """
-    with _opened(picture, folder) as image:
+    with _opened(picture, folder, inside) as image:
         return upright_rgb(image)
 
 
-def picture_size(picture: Picture, folder: str | os.PathLike | None = None) -> tuple[int, int]:
+def picture_size(picture: Picture, folder: str | os.PathLike | None = None, inside: bool = False) -> tuple[int, int]:
     """(width, height) in pixels of the picture turned upright, from its header. A file that does not end as its format
     ends is decoded, to see whether something is missing.
 
@@ -49,7 +50,7 @@ def picture_size(picture: Picture, folder: str | os.PathLike | None = None) -> t
     """
     if isinstance(picture, Mapping):
         return _header_size(picture, None)
-    size = _size_of_file(resolve(picture, folder))
+    size = _size_of_file(resolve(picture, folder, inside))
     if isinstance(size, str):
         raise ValueError(size)
     return size
@@ -76,8 +77,22 @@ def is_picture(value) -> bool:
     return isinstance(value, str) or _is_embedded(value)
 
 
-def resolve(path: str, folder: str | os.PathLike | None) -> str:
-    """A relative path begins at `folder`, if that is given and the file is there, else at the working directory."""
+def resolve(path: str, folder: str | os.PathLike | None, inside: bool = False) -> str:
+    """A relative path begins at `folder`, if that is given and the file is there, else at the working directory.
+
+    Args:
+        inside: the path must stay in `folder`, whatever links and `..` are in it; then it is returned without them.
+
+    Raises:
+        ValueError: naming a path that leads out of `folder`. Nothing is opened to find that out.
+    """
+    if inside:
+        real, within = os.path.realpath(os.path.join(folder, path)), os.path.realpath(folder)
+        if not Path(real).is_relative_to(within):
+            raise ValueError(
+                f"picture {path} lies outside --image_folder {folder}, at {real}; --image_folder_only is set"
+            )
+        return real
     if folder is not None and not os.path.isabs(path):
         inside = os.path.join(folder, path)
         if os.path.exists(inside) or not os.path.exists(path):
@@ -95,12 +110,12 @@ def _is_embedded(value) -> bool:
 
 
 @contextmanager
-def _opened(picture: Picture, folder: str | os.PathLike | None) -> Iterator[Image.Image]:
+def _opened(picture: Picture, folder: str | os.PathLike | None, inside: bool = False) -> Iterator[Image.Image]:
     """`Image.open`, with every way in which a file can be wrong turned into a ValueError that names it."""
     if _is_embedded(picture):
         name, source = f"embedded picture {picture.get('path') or ''}".rstrip(), io.BytesIO(picture["bytes"])
     else:
-        name = source = resolve(picture, folder)
+        name = source = resolve(picture, folder, inside)
         if not os.path.exists(source):
             raise ValueError(f"picture {name} does not exist")
         if not Path(source).is_file():  # a pipe, for one, would be waited for

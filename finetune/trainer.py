@@ -32,10 +32,12 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 from finetune.checkpoints import MANIFEST, move_files, written_aside
 from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
+from finetune.machines import name_deepspeeds_step, whole_state_dict
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
+from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
 RESULT = "complete-result"
@@ -104,10 +106,12 @@ class CPMTrainer(Trainer):
         self.add_callback(self.guard)
 
     def train(self, *args, **kwargs):
-        """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set."""
+        """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set. Whatever lies in
+        the checkpoint to resume, no code of it is executed."""
         self._saved_step = None
+        watched = explained(self.guard, self.args, getattr(self.model, "config", None))
         try:
-            with explained(self.guard, self.args, getattr(self.model, "config", None)):
+            with watched, no_code_from_files(self.is_deepspeed_enabled):
                 return super().train(*args, **kwargs)
         finally:
             self.guard.restore_handlers()
@@ -198,7 +202,8 @@ class CPMTrainer(Trainer):
         """As in Trainer; the result is written aside and moved to its place when it is whole.
 
         For LoRA at ZeRO-0, 1 and 2, where rank 0 holds all that is saved, without Trainer's copy of the whole frozen
-        model into the host memory of every rank.
+        model into the host memory of every rank. At ZeRO-3 on disks of each node's own, where Trainer gives the weights
+        to the first node alone, in every node's folder.
         """
         if not _internal_call:
             target = Path(output_dir or self.args.output_dir)
@@ -211,6 +216,9 @@ class CPMTrainer(Trainer):
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         elif isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2):
             self._save(output_dir)
+        elif self._zero_stage == 3 and self.args.save_on_each_node:
+            peft = isinstance(self.model, PeftModel)
+            self._save(output_dir, whole_state_dict(self.deepspeed, keep=self.args.should_save, trained_only=peft))
         else:
             super().save_model(output_dir, _internal_call=True)
 
@@ -260,6 +268,13 @@ class CPMTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As in Trainer; on disks of each node's own, with the file that DeepSpeed writes on the first node alone. A
+        private method, since that file belongs to the checkpoint before it is complete; see `name_deepspeeds_step`."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.is_deepspeed_enabled and self.args.save_on_each_node and self.args.should_save:
+            name_deepspeeds_step(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

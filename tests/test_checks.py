@@ -12,9 +12,9 @@ from conftest import GOLDEN
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
-from finetune.arguments import UserError
 from finetune.checks import BAD_SAMPLES_NAME, find_problems, leave_out_bad_samples, scan, token_lengths
 from finetune.dataset import SampleError, SupervisedDataset, load_samples
+from finetune.errors import UserError
 from finetune.trainer import EpochLengthSampler
 
 

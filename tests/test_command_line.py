@@ -328,6 +328,7 @@ def test_shipped_files_are_all_looked_at():
             "finetune/finetune_ds.sh",
             "finetune/finetune_lora.sh",
             "finetune/launch.sh",
+            "finetune/slurm.sh",
             "quickstart.sh",
             "run_tests.sh",
         ),
