@@ -108,7 +108,7 @@ def in_parts() -> Iterator[None]:
 
 
 def _load_in_parts(
-    model: MiniCPMV, state_dict: None, checkpoint_files: list[str], load_config: object, **_
+    model: MiniCPMV, _state_dict: None, checkpoint_files: list[str], *_: object
 ) -> tuple[LoadStateDictInfo, None]:
     """Fill a model whose parameters ZeRO-3 has partitioned; rank 0 reads, and no tensor is held beside the next one.
 
