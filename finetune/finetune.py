@@ -13,6 +13,7 @@ import logging
 import signal
 import sys
 import warnings
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from finetune.arguments import (
     DataArguments,
@@ -46,7 +48,7 @@ from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, resume_command
-from finetune.loading import load_extra_tensors, load_tokenizer, resolved_settings
+from finetune.loading import in_parts, load_extra_tensors, load_tokenizer, resolved_settings
 from finetune.machines import save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import parameter_table, plot_history, settings_record
@@ -157,14 +159,20 @@ def load_model(
         deepspeed.init_distributed(auto_mpi_discovery=False)
     mixed = args.compute_dtype != torch.float32 and args.deepspeed is None
     trains_most = args.tune_llm and mixed
-    model = MiniCPMV.from_pretrained(
-        model_args.model_name_or_path,
-        config=config,
-        cache_dir=args.cache_dir,
-        trust_remote_code=False,
-        dtype=torch.float32 if trains_most else args.compute_dtype,
-        attn_implementation=model_args.attn_implementation,
-    )
+    zero3 = is_deepspeed_zero3_enabled()
+    # Without ZeRO-3 tensors go from the mapped files to where they are needed, one by one: a process on a CPU holds
+    # its own copy, a process with a GPU nothing in host memory.
+    device_map = None if zero3 or args.device.type == "cpu" else {"": args.device}
+    with in_parts() if zero3 else nullcontext():
+        model = MiniCPMV.from_pretrained(
+            model_args.model_name_or_path,
+            config=config,
+            cache_dir=args.cache_dir,
+            trust_remote_code=False,
+            dtype=torch.float32 if trains_most else args.compute_dtype,
+            attn_implementation=model_args.attn_implementation,
+            device_map=device_map,
+        )
     if args.use_liger_kernel:
         use_liger_kernels(model.llm)
     model = prepare_trainable(model, args, lora_args)

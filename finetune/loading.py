@@ -7,22 +7,29 @@ print(model.chat(image=picture, msgs=[{"role": "user", "content": "What is this?
 
 from __future__ import annotations
 
+import ctypes
 import json
+import math
 import os
-from collections.abc import Iterator
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils.loading_report import LoadStateDictInfo
 
-from finetune.minicpmv import MiniCPMVTokenizer, MiniCPMVTokenizerFast  # which also registers the models
+from finetune.minicpmv import MiniCPMV, MiniCPMVTokenizer, MiniCPMVTokenizerFast  # which also registers the models
 from finetune.safe_files import code_in
 
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
+TRIM_BYTES = 2**26  # loaded between two calls of `_trim_heap`
 
 
 def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, object]:
@@ -110,7 +117,93 @@ def read_extra_tensors(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     path = Path(folder) / EXTRA_WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{path} is missing: the folder holds an adapter without the other trained weights")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # copied by those who write it, if any
+
+
+@contextmanager
+def in_parts() -> Iterator[None]:
+    """Within it, `MiniCPMV.from_pretrained` under ZeRO-3 reads one tensor after another.
+
+    By itself transformers (5.17 to 5.23) merges all files of a checkpoint into one state dict first, in rank 0 or in
+    every rank, says nothing of names that the model does not have, and finds wrong shapes in rank 0 alone, while the
+    others wait for it. Replaces `PreTrainedModel._load_pretrained_model`, which gets the files that `from_pretrained`
+    found or downloaded. To go when transformers reads in parts.
+    """
+    MiniCPMV._load_pretrained_model = staticmethod(_load_in_parts)
+    try:
+        yield
+    finally:
+        del MiniCPMV._load_pretrained_model  # the one it inherits
+
+
+def _load_in_parts(
+    model: MiniCPMV, _state_dict: None, checkpoint_files: list[str], *_: object
+) -> tuple[LoadStateDictInfo, None]:
+    """Fill a model whose parameters ZeRO-3 has partitioned; rank 0 reads, and no tensor is held beside the next one.
+
+    Names in the files are those of the model, as in all checkpoints of these two: none is translated. Shapes are
+    compared by every process, so that all of them end in `from_pretrained`'s report.
+    """
+    places = model.state_dict(keep_vars=True)
+    found, mismatched, freed = set(), set(), TRIM_BYTES
+    for file in checkpoint_files:
+        shapes = _shapes(file)
+        found |= shapes.keys()
+        read = None
+        for name in [name for name in places if name in shapes]:
+            place = places[name]
+            wanted = tuple(getattr(place, "ds_shape", place.shape))
+            if shapes[name] != wanted:
+                mismatched.add((name, shapes[name], wanted))
+                continue
+            place._is_hf_initialized = True  # for `from_pretrained`, which makes up what is missing
+            with _whole(place) as writes, torch.no_grad():
+                if writes:
+                    read = read or _reader(file)
+                    place.copy_(read(name))
+            freed += math.prod(wanted) * place.element_size()
+            if freed >= TRIM_BYTES:
+                _trim_heap()
+                freed = 0
+    _trim_heap()
+    return LoadStateDictInfo(places.keys() - found, found - places.keys(), mismatched, [], {}, set()), None
+
+
+def _trim_heap() -> None:
+    """Let glibc give freed memory back, which it may keep in blocks of up to 32 MB each: half as much again as the
+    model, where most tensors are smaller than that. Other C libraries have no such call."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _shapes(file: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors in a checkpoint file, whose values are not read."""
+    if file.endswith(".safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _reader(file: str) -> Callable[[str], torch.Tensor]:
+    """A function that reads a tensor of a checkpoint file by name.
+
+    The file is mapped for every tensor anew: pages once read stay with a process for as long as the mapping does.
+    """
+
+    def from_safetensors(name: str) -> torch.Tensor:
+        with safe_open(file, framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    def from_zip(name: str) -> torch.Tensor:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]
+
+    if file.endswith(".safetensors"):
+        return from_safetensors
+    if zipfile.is_zipfile(file):
+        return from_zip
+    # of PyTorch before 1.6, which has to be read from end to end
+    return torch.load(file, map_location="cpu", weights_only=True).__getitem__
 
 
 @contextmanager

@@ -1,0 +1,182 @@
+"""The same training at any layout: processes, ZeRO stages, offload, accumulation in place of batch.
+
+A reference of one process without DeepSpeed, trained in this process; the others by finetune.py's own `train`, one
+after another in the same two processes under torchrun, which pays for their start once. Four samples a step, of which
+a process often has only text, or only pictures, while the other has the rest: so no layout hangs on that either.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import LLM_TYPES, ROOT, losses
+from PIL import Image
+from safetensors.torch import load_file
+
+from finetune.finetune import train
+from finetune.loading import EXTRA_WEIGHTS_NAME
+
+STEPS = 20
+SAMPLES_PER_STEP = 4
+LAYOUTS = {  # name: processes, samples per process at once, DeepSpeed configuration
+    "ddp": (2, 2, ""),
+    "ddp-accumulating": (2, 1, ""),
+    "zero1": (2, 2, "zero1"),
+    "zero2": (2, 2, "ds_config_zero2.json"),
+    "zero2-accumulating": (2, 1, "ds_config_zero2.json"),
+    "zero3": (2, 2, "ds_config_zero3.json"),
+    "zero3-accumulating": (2, 1, "ds_config_zero3.json"),
+    "zero2-offload": (2, 2, "ds_config_zero2_offload.json"),
+    "zero3-offload": (2, 2, "ds_config_zero3_offload.json"),
+    "accumulating": (1, 1, ""),
+}
+MIXED = "tpptttppppttptpp"  # text, picture: what two processes get, one or two at a time
+PROGRAM = """
+import gc, json, os, sys
+from finetune.finetune import train
+for flags in json.load(open(sys.argv[1])):
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        del os.environ[name]  # how TrainingArguments tells accelerate of DeepSpeed
+    train(flags)
+    gc.collect()
+"""
+
+
+@pytest.fixture(scope="session")
+def mixed_file(tmp_path_factory) -> Path:
+    """Samples with and without pictures in the order of `MIXED`, answers of different lengths."""
+    folder = tmp_path_factory.mktemp("mixed")
+    samples = []
+    for number, kind in enumerate(MIXED):
+        answer = " ".join(["red", "green", "blue"][: 1 + number % 3]) + "."
+        turns = [{"role": "user", "content": "Say a colour."}, {"role": "assistant", "content": answer}]
+        samples.append({"id": str(number), "conversations": turns})
+        if kind == "p":
+            samples[-1]["image"] = f"{number}.png"
+            size = (200, 120) if number % 4 == 1 else (112, 112 - 14 * (number % 3))
+            Image.new("RGB", size, (200 - 9 * number, 30 + 9 * number, 60)).save(folder / f"{number}.png")
+    path = folder / "mixed.json"
+    path.write_text(json.dumps(samples))
+    return path
+
+
+def flags(layout: str, llm_type: str, method: str, tiny: dict[str, Path], data: Path, folder: Path) -> list[str]:
+    """What finetune.py gets for a run of 20 steps."""
+    processes, at_once, deepspeed = LAYOUTS.get(layout, (1, SAMPLES_PER_STEP, ""))
+    accumulation = SAMPLES_PER_STEP // processes // at_once
+    if deepspeed == "zero1":  # a user's own file
+        own = json.loads((ROOT / "finetune" / "ds_config_zero2.json").read_text())
+        own["zero_optimization"]["stage"] = 1
+        deepspeed = folder.with_suffix(".json")
+        deepspeed.write_text(json.dumps(own))
+    elif deepspeed:
+        deepspeed = ROOT / "finetune" / deepspeed
+    words = (
+        *("--model_name_or_path", tiny[llm_type], "--data_path", data, "--output_dir", folder),
+        *("--batch_size", at_once, "--gradient_accumulation_steps", accumulation, "--max_steps", STEPS),
+        *("--train_sampling_strategy", "sequential", "--learning_rate", 1e-3, "--lr_scheduler_type", "cosine"),
+        *("--warmup_steps", 3, "--weight_decay", 0.1, "--logging_steps", 1, "--save_strategy", "no"),
+        *("--gradient_checkpointing", "true", "--dataloader_num_workers", 0, "--report_to", "none"),
+        *(("--use_lora", "true", "--lora_r", 8, "--lora_dropout", 0) if method == "lora" else ()),
+        *(("--deepspeed", deepspeed) if deepspeed else ()),
+    )
+    return list(map(str, words))
+
+
+@pytest.fixture(scope="session")
+def reference(tiny, mixed_file, tmp_path_factory):
+    """The run of one process, by model and method, made on first use."""
+    done = {}
+
+    def make(llm_type: str, method: str) -> Path:
+        if (llm_type, method) not in done:
+            folder = tmp_path_factory.mktemp("reference") / "out"
+            train(flags("reference", llm_type, method, tiny, mixed_file, folder))
+            done[llm_type, method] = folder
+        return done[llm_type, method]
+
+    return make
+
+
+def train_together(runs: list[list[str]], folder: Path, processes: int) -> None:
+    """Runs one after another in the same processes. A hang ends in `subprocess.TimeoutExpired`."""
+    program, listed = folder / "program.py", folder / "runs.json"
+    program.write_text(PROGRAM)
+    listed.write_text(json.dumps(runs))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [*command, str(program), str(listed)],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=180 + 60 * len(runs),
+    )
+    assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
+
+
+def weights(folder: Path, method: str) -> dict[str, torch.Tensor]:
+    if method == "full":
+        return load_file(folder / "model.safetensors")
+    extra = torch.load(folder / EXTRA_WEIGHTS_NAME, weights_only=True)
+    return load_file(folder / "adapter_model.safetensors") | extra
+
+
+def without_key_biases(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor but biases of attention keys. These add the same to the scores of a query's every key, which
+    softmax takes out again: their gradient is rounding noise, different at every layout, and Adam divides it by its
+    own size. They move by the learning rate in every step, and change nothing."""
+    width = len(tensor) // 3
+    if name.endswith("k_proj.bias"):
+        return tensor[:0]
+    if re.search(r"(attn\.in_proj_bias|attn\.qkv\.bias)$", name):
+        return torch.cat([tensor[:width], tensor[2 * width :]])
+    return tensor
+
+
+def check(runs: list[tuple[str, str, str]], tiny, mixed_file: Path, tmp_path: Path, reference) -> None:
+    """Train `(layout, llm_type, method)` and compare losses step by step and weights at the end."""
+    folders = {run: tmp_path / "-".join(run) for run in runs}
+    for processes in (1, 2):
+        listed = [
+            flags(*run, tiny, mixed_file, folder) for run, folder in folders.items() if LAYOUTS[run[0]][0] == processes
+        ]
+        if listed:
+            train_together(listed, tmp_path, processes)
+    for run, folder in folders.items():
+        expected = reference(*run[1:])
+        assert len(losses(expected)) == STEPS and losses(expected)[-1] < 0.5 * losses(expected)[0]
+        assert losses(folder) == pytest.approx(losses(expected), abs=1e-4), run
+        trained, wanted = weights(folder, run[2]), weights(expected, run[2])
+        assert trained.keys() == wanted.keys()
+        for name, tensor in trained.items():
+            left, right = without_key_biases(name, tensor), without_key_biases(name, wanted[name])
+            torch.testing.assert_close(
+                left, right, atol=1e-4, rtol=0, msg=lambda text, run=run, name=name: f"{run} {name}: {text}"
+            )
+
+
+def test_some_layouts(tiny, mixed_file, tmp_path, reference):
+    """The cheapest that together have both models, both methods, DDP, ZeRO-2 and ZeRO-3."""
+    runs = [
+        ("ddp", "llama3", "lora"),
+        ("zero3", "llama3", "lora"),
+        ("zero2", "minicpm", "full"),
+        ("zero3-accumulating", "minicpm", "full"),
+    ]
+    check(runs, tiny, mixed_file, tmp_path, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_every_layout(llm_type, method, tiny, mixed_file, tmp_path, reference):
+    check([(layout, llm_type, method) for layout in LAYOUTS], tiny, mixed_file, tmp_path, reference)
