@@ -199,7 +199,8 @@ def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraA
     peft_model = None
     if args.use_lora:
         model.requires_grad_(False)
-        peft_model = _with_lora(model, lora_args)
+        # DeepSpeed keeps float32 copies of what is trained, and ZeRO-3 takes tensors of one dtype only.
+        peft_model = _with_lora(model, lora_args, in_float32=not args.deepspeed)
     trained = {
         "llm": args.tune_llm,
         "llm.model.embed_tokens": args.tune_embed_tokens and (args.tune_llm or args.use_lora),
@@ -217,11 +218,15 @@ def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraA
     return model if peft_model is None else peft_model
 
 
-def _with_lora(model: MiniCPMV, lora_args: LoraArguments) -> PeftModel:
+def _with_lora(model: MiniCPMV, lora_args: LoraArguments, in_float32: bool) -> PeftModel:
     if lora_args.lora_weight_path and model.device.type == "meta":  # a trial of the settings, see _trainable_problems
-        peft_model = get_peft_model(model, PeftConfig.from_pretrained(lora_args.lora_weight_path))
+        peft_model = get_peft_model(
+            model, PeftConfig.from_pretrained(lora_args.lora_weight_path), autocast_adapter_dtype=in_float32
+        )
     elif lora_args.lora_weight_path:
-        peft_model = PeftModel.from_pretrained(model, lora_args.lora_weight_path, is_trainable=True)
+        peft_model = PeftModel.from_pretrained(
+            model, lora_args.lora_weight_path, is_trainable=True, autocast_adapter_dtype=in_float32
+        )
         load_extra_tensors(peft_model, lora_args.lora_weight_path)
     else:
         lora_config = LoraConfig(
@@ -234,7 +239,7 @@ def _with_lora(model: MiniCPMV, lora_args: LoraArguments) -> PeftModel:
             layer_replication=lora_args.layer_replication,
             task_type="CAUSAL_LM",
         )
-        peft_model = get_peft_model(model, lora_config)
+        peft_model = get_peft_model(model, lora_config, autocast_adapter_dtype=in_float32)
     base = Path(model.name_or_path)
     for adapter in peft_model.peft_config.values():  # a relative path would be looked for from wherever it is loaded
         adapter.base_model_name_or_path = str(base.resolve()) if base.is_dir() else model.name_or_path

@@ -256,6 +256,10 @@ def test_half_precision_keeps_trained_tensors_in_float32(given):
     model = load_model(parsed[0], parsed[2], parsed[3], load_config(parsed[0].model_name_or_path))
     kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
     assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    # DeepSpeed keeps its own copies in float32; ZeRO-3 fails over trained tensors of several dtypes.
+    parsed[2].deepspeed = "file.json"
+    model = load_model(parsed[0], parsed[2], parsed[3], load_config(parsed[0].model_name_or_path))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
