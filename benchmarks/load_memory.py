@@ -3,9 +3,9 @@
     python benchmarks/load_memory.py [--gigabytes 0.1 0.5 1] [--model 2.5] [--format safetensors] [--dtype float32]
 
 Writes random checkpoints of the real architecture in several files and loads each through finetune.py's `load_model`
-on the CPU, in processes of their own: one; two with DDP; two with ZeRO-3. A table row for each run. All figures but
-the first are of the process with most, over what it held before, when imports, arguments and the connection between
-the processes were done:
+on the CPU, in processes of their own: one; two with DDP; two and four with ZeRO-3. A table row for each run. All
+figures but the first are of the process with most, over what it held before, when imports, arguments and the
+connection between the processes were done:
 
 * model: all weights in the dtype that they are loaded in, which is float32 on CPUs
 * peak: the most that was resident at once (VmHWM), mapped pages of checkpoint files counted. These belong to the
@@ -43,6 +43,7 @@ LAYOUTS = {  # name: processes, DeepSpeed configuration
     "1 process": (1, ""),
     "2 processes, DDP": (2, ""),
     "2 processes, ZeRO-3": (2, "finetune/ds_config_zero3.json"),
+    "4 processes, ZeRO-3": (4, "finetune/ds_config_zero3.json"),
 }
 WIDTH = 1024
 FILES = 4

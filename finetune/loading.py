@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import math
 import os
 import sys
 import zipfile
@@ -29,7 +28,7 @@ from finetune.safe_files import code_in
 
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
-TRIM_BYTES = 2**26  # loaded between two calls of `_trim_heap`
+MIB = 2**20
 
 
 def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, object]:
@@ -130,10 +129,22 @@ def in_parts() -> Iterator[None]:
     found or downloaded. To go when transformers reads in parts.
     """
     MiniCPMV._load_pretrained_model = staticmethod(_load_in_parts)
+    _keep_freed_blocks(below=MIB)
     try:
         yield
     finally:
+        _keep_freed_blocks(below=32 * MIB)
         del MiniCPMV._load_pretrained_model  # the one it inherits
+
+
+def _keep_freed_blocks(below: int) -> None:
+    """Let glibc give blocks of this many bytes or more back as soon as they are freed; other C libraries do as they
+    like. By itself it keeps blocks of up to 32 MiB once it has seen one freed: of a model whose tensors are smaller
+    than that, as much again as the model."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
+        trim_threshold, mmap_threshold = -1, -3  # as in malloc.h
+        ctypes.CDLL(None).mallopt(mmap_threshold, below)
+        ctypes.CDLL(None).mallopt(trim_threshold, 2 * below)
 
 
 def _load_in_parts(
@@ -145,7 +156,7 @@ def _load_in_parts(
     compared by every process, so that all of them end in `from_pretrained`'s report.
     """
     places = model.state_dict(keep_vars=True)
-    found, mismatched, freed = set(), set(), TRIM_BYTES
+    found, mismatched = set(), set()
     for file in checkpoint_files:
         shapes = _shapes(file)
         found |= shapes.keys()
@@ -161,19 +172,7 @@ def _load_in_parts(
                 if writes:
                     read = read or _reader(file)
                     place.copy_(read(name))
-            freed += math.prod(wanted) * place.element_size()
-            if freed >= TRIM_BYTES:
-                _trim_heap()
-                freed = 0
-    _trim_heap()
     return LoadStateDictInfo(places.keys() - found, found - places.keys(), mismatched, [], {}, set()), None
-
-
-def _trim_heap() -> None:
-    """Let glibc give freed memory back, which it may keep in blocks of up to 32 MB each: half as much again as the
-    model, where most tensors are smaller than that. Other C libraries have no such call."""
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _shapes(file: str) -> dict[str, tuple[int, ...]]:

@@ -67,8 +67,15 @@ def train(name: str, folder: Path, tiny: dict[str, Path], data_file: Path, *flag
     )
 
 
-# Left to `pytest -m slow`, for the time they take: further corners of the same table.
-SLOW = {"lora-llama3-2-zero3", "lora-llama3-1-zero0", "lora-minicpm-1-zero2", "full-minicpm-2-zero3"}
+# Left to `pytest -m slow`, for the time they take: further corners of the same table. test_layouts.py trains with DDP
+# and with these stages of ZeRO on two processes too.
+SLOW = {
+    "lora-llama3-2-plain",
+    "lora-llama3-2-zero3",
+    "lora-llama3-1-zero0",
+    "lora-minicpm-1-zero2",
+    "full-minicpm-2-zero3",
+}
 
 
 def named(*names: str) -> list:
