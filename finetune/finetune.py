@@ -241,10 +241,13 @@ def _load_data(
         logger.warning("--eval_data_path is not used: --eval_strategy is no")
     elif data_args.eval_data_path:
         paths["eval"] = data_args.eval_data_path
+    samples, unreadable = {}, []
     try:
         samples = {split: load_samples(files) for split, files in paths.items()}
     except ValueError as error:
-        raise UserError(str(error)) from error
+        unreadable = [str(error)]
+    if unreadable := problems_of_all_nodes(unreadable):  # data may lie on each node's own disk
+        raise UserError("\n".join(unreadable))
     datasets = {
         split: SupervisedDataset.for_checkpoint(
             config,
