@@ -45,7 +45,7 @@ from finetune.checks import (
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.loading import load_extra_tensors, load_tokenizer, resolved_settings
-from finetune.machines import agreed_checkpoint, problems_of_all_nodes, save_where_all_can_read
+from finetune.machines import agreed_checkpoint, end_together, problems_of_all_nodes, save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import RunFiles, parameter_table, plot_history, settings_record, write_settings
 from finetune.safe_files import code_in
@@ -286,6 +286,7 @@ def main() -> None:
     """Command line: problems found before training end in their message and exit status 1, without a traceback."""
     try:
         train()
+        end_together()
     except UserError as error:  # every process finds the same
         sys.exit(f"finetune.py: {error}" if os.environ.get("LOCAL_RANK", "0") == "0" else 1)
     except SampleError as error:  # a picture that became unreadable, met by one process

@@ -139,6 +139,20 @@ def agreed_checkpoint(checkpoint: str | None) -> str | None:
     return str(folder)
 
 
+def end_together() -> None:
+    """Wait for all processes, then take down what connects them: its threads, still alive when Python ends, can abort a
+    process that has nothing left to do, and torchrun then stops the one that is still writing the result."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def write_on_each_node(model: nn.Module) -> None:
+    """Let `save_pretrained` write where it is told that it is the main process: transformers (5.23) lets only the first
+    process of the run write, though Trainer's `save_on_each_node` calls it on each node. To go when it does not."""
+    model.should_save_on_this_rank = bool
+
+
 def name_deepspeeds_step(folder: str | os.PathLike) -> None:
     """Write `latest`, without which DeepSpeed (0.19.8) loads nothing: it writes that file on the first node alone, also
     where every node has its own disk. To go when it does so by itself."""

@@ -27,7 +27,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
-from finetune.machines import name_deepspeeds_step, whole_state_dict
+from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
@@ -84,6 +84,8 @@ class CPMTrainer(Trainer):
         if not self.label_names:
             self.label_names = ["labels"]
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if self.args.save_on_each_node:
+            write_on_each_node(base)
         self._takes_logits_index = isinstance(base, MiniCPMV)
         self._full_logits_wanted = False
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
