@@ -49,7 +49,7 @@ from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, resume_command
 from finetune.loading import in_parts, load_extra_tensors, load_tokenizer, resolved_settings
-from finetune.machines import save_where_all_can_read
+from finetune.machines import end_together, save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.safe_files import code_in
@@ -140,6 +140,7 @@ def _stop(trainer: CPMTrainer) -> None:
             "%s: stopped after step %d of %d, the newest checkpoint is %s. To go on:\n%s",
             *(name, step, trainer.state.max_steps, last, resume_command(sys.argv)),
         )
+    end_together()
     sys.exit(128 + trainer.guard.signal)
 
 
@@ -322,6 +323,7 @@ def main() -> None:
     die_with_launcher()
     try:
         train()
+        end_together()
     except (ProcessError, SampleError) as error:  # met by one process
         sys.exit(f"finetune.py: {error}")
     except UserError as error:  # every process finds the same

@@ -87,13 +87,28 @@ def save_where_all_can_read(args: TrainingArguments) -> None:
         UserError: as `output_is_shared`.
     """
     nodes = node_count()
+    if nodes == 1:
+        return
     shared = output_is_shared(args.output_dir)
     args.save_on_each_node = not shared
     if args.deepspeed:
         args.hf_deepspeed_config.config.setdefault("checkpoint", {})["use_node_local_storage"] = not shared
-    if nodes > 1:
-        kind = "one folder for all: written once" if shared else "a folder on each node's own disk: written on each"
-        logger.info("%d nodes; --output_dir %s is %s", nodes, args.output_dir, kind)
+    kind = "one folder for all: written once" if shared else "a folder on each node's own disk: written on each"
+    logger.info("%d nodes; --output_dir %s is %s", nodes, args.output_dir, kind)
+
+
+def end_together() -> None:
+    """Wait for all processes, then take down what connects them: its threads, still alive when Python ends, can abort a
+    process that has nothing left to do, and torchrun then stops the one that is still writing the result."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def write_on_each_node(model: nn.Module) -> None:
+    """Let `save_pretrained` write where it is told that it is the main process: transformers (5.23) lets only the first
+    process of the run write, though Trainer's `save_on_each_node` calls it on each node. To go when it does not."""
+    model.should_save_on_this_rank = bool
 
 
 def name_deepspeeds_step(folder: str | os.PathLike) -> None:
@@ -114,14 +129,14 @@ def whole_state_dict(engine, keep: bool, trained_only: bool) -> dict[str, torch.
         keep: this process wants them; the others get None.
         trained_only: leave out parameters that are not trained.
     """
-    from deepspeed.zero import GatheredParameters  # only where DeepSpeed runs anyway: its import is slow
+    import deepspeed  # only where DeepSpeed runs anyway: its import is slow and may probe for compilers
 
     names = dict(engine.module.named_parameters(remove_duplicate=False))
     wanted = [name for name, parameter in names.items() if parameter.requires_grad or not trained_only]
     copies: dict[nn.Parameter, torch.Tensor] = {}  # tied parameters stay one tensor
     engine.optimizer.checkpoint_event_prologue()  # all parameters partitioned, as DeepSpeed has it when it saves
     for parameter in dict.fromkeys(names[name] for name in wanted):
-        with GatheredParameters([parameter]):
+        with deepspeed.zero.GatheredParameters([parameter]):
             if keep:
                 copies[parameter] = parameter.detach().to("cpu", copy=True)
     engine.optimizer.checkpoint_event_epilogue()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-PICKLES = ("**/*.pt", "**/*.pth", "**/*.bin")
+PICKLES = ("**/*.pt", "**/*.pth", "**/*.bin", "**/.metadata")  # the last one of FSDP's shards, unpickled by PyTorch
 # What checkpoints hold beside tensors and plain values: found by saving at every ZeRO stage (DeepSpeed 0.19.8), and in
 # the random states that Trainer saves.
 DEEPSPEED_CLASSES = (

@@ -32,7 +32,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 from finetune.checkpoints import MANIFEST, move_files, written_aside
 from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
-from finetune.machines import name_deepspeeds_step, whole_state_dict
+from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.recompute import recompute
@@ -97,6 +97,8 @@ class CPMTrainer(Trainer):
         if not self.label_names:
             self.label_names = ["labels"]
         base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        if self.args.save_on_each_node:
+            write_on_each_node(base)
         self._takes_logits_index = isinstance(base, MiniCPMV)
         self._full_logits_wanted = False
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))

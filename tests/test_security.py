@@ -41,6 +41,7 @@ POISONED = (
     "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt",
     "global_step2/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt",
     "global_step2/zero_pp_rank_1_mp_rank_00_model_states.pt",
+    "pytorch_model_fsdp_0/.metadata",
 )
 
 
@@ -118,7 +119,8 @@ def test_resume_refuses_code_in_any_file(name, lora_run, tiny, data_file, tmp_pa
     checkpoint = tmp_path / "checkpoint-2"
     shutil.copytree(lora_run / "checkpoint-2", checkpoint)
     (checkpoint / name).parent.mkdir(exist_ok=True)
-    as_torch({"state": Payload(marker)}, checkpoint / name)
+    with (checkpoint / name).open("wb") as file:
+        torch.save({"state": Payload(marker)}, file)
     call = flags(tiny["llama3"], data_file, tmp_path / "out", *LORA, "--resume_from_checkpoint", checkpoint)
     with pytest.raises(UserError) as caught:
         train(call)
@@ -273,6 +275,14 @@ def test_another_models_code_is_not_executed(with_code, data_file, tmp_path, mon
     assert "is a 'evil' model, expected 'minicpmv'" in capsys.readouterr().err
     with pytest.raises(ValueError, match="custom code"):
         load_finetuned(model, trust_remote_code=True)
+
+
+def test_a_vision_tower_is_not_fetched(with_code, tiny, data_file, tmp_path):
+    model = with_code(
+        config={**json.loads((tiny["minicpm"] / "config.json").read_text()), "vision_encoder": "hf-hub:a/b"}
+    )
+    with pytest.raises(UserError, match="vision_encoder 'hf-hub:a/b': expected the name of one of timm's own models"):
+        train(flags(model, data_file, tmp_path / "out"))
 
 
 def test_our_models_code_is_ours(with_code, data_file, tmp_path):

@@ -84,6 +84,8 @@ class MiniCPMVConfig(PreTrainedConfig):
         self.patch_size = patch_size
         self.drop_vision_last_layer = drop_vision_last_layer
         self.vision_config = vision_config
+        if vision_encoder is not None and ":" in vision_encoder:  # timm would fetch what hf-hub:owner/name describes
+            raise ValueError(f"vision_encoder {vision_encoder!r}: expected the name of one of timm's own models")
         self.vision_encoder = vision_encoder
         self.slice_config = slice_config
         self.max_slice_nums = max_slice_nums
