@@ -164,6 +164,7 @@ def check(runs: list[tuple[str, str, str]], tiny, mixed_file: Path, tmp_path: Pa
             )
 
 
+@pytest.mark.slow
 def test_some_layouts(tiny, mixed_file, tmp_path, reference):
     """The cheapest that together have both models, both methods, DDP, ZeRO-2 and ZeRO-3."""
     runs = [

@@ -106,6 +106,7 @@ def test_zero3_loads_what_the_files_hold(tiny, tmp_path):
     assert "stranger" in report and "UNEXPECTED" in report and "MISSING" in report and "MISMATCH" in report
 
 
+@pytest.mark.slow
 def test_no_process_holds_the_whole_model(monkeypatch, capsys):
     """The benchmark's table: under ZeRO-3 two processes each hold less than the model at any time, with mapped pages.
 

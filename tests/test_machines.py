@@ -175,6 +175,7 @@ def logits(folder: Path) -> torch.Tensor:
     return model(data={"input_ids": torch.arange(9)[None]}).logits
 
 
+@pytest.mark.slow
 def test_two_nodes_with_their_own_disks(tiny, data_file, tmp_path):
     """Losses of one process with the whole batch; each node is left with a complete result."""
     script, flags, variables = call("lora-zero2", tiny, data_file, "--save_strategy", "no")

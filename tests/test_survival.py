@@ -143,7 +143,7 @@ def state(pid: int) -> str:
 @pytest.mark.parametrize(
     ("layout", "number", "everyone"),
     [
-        ("zero2", signal.SIGTERM, False),
+        pytest.param("zero2", signal.SIGTERM, False, marks=pytest.mark.slow),
         pytest.param("plain", signal.SIGINT, True, marks=pytest.mark.slow),
         pytest.param("ddp", signal.SIGTERM, True, marks=pytest.mark.slow),
         pytest.param("zero3", signal.SIGINT, True, marks=pytest.mark.slow),
