@@ -14,7 +14,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ logger = logging.getLogger("finetune")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_NAMES_SHOWN = 20
+LOADER_DIED = ("killed by signal", "exited unexpectedly")  # not: an exception of the data set, passed on
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -120,6 +121,9 @@ class Guard(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._agree(state.global_step, everything=True)
+        if self.signal:  # come within an evaluation, or an epoch that it ended, whose evaluation would take long
+            control.should_training_stop = control.should_save = True
+            control.should_evaluate = False
         self._hold_back(state, control)
 
     def _hold_back(self, state, control) -> None:
@@ -136,11 +140,14 @@ class Guard(TrainerCallback):
         self._handlers.clear()
 
     def _receive(self, number: int, _frame) -> None:
-        if not self._received and is_main_of_node():
+        first, self._received = not self._received, number
+        if number == signal.SIGHUP:  # the terminal is gone, and writing to it is an error
+            _leave_terminal()
+        if first and is_main_of_node():
             message = f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step\n"
-            os.write(2, message.encode())  # writing to sys.stderr may interrupt itself
-        self._received = number
-        if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes on what a terminal has sent already
+            with suppress(OSError):
+                os.write(2, message.encode())  # writing to sys.stderr may interrupt itself
+        if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes it on once more
             signal.signal(number, self._handlers[number])  # a second one ends the run at once
 
     def _note_loss(self) -> None:
@@ -213,7 +220,7 @@ def explained(guard: Guard, args, config=None) -> Iterator[None]:
     except RuntimeError as error:
         if "can't allocate memory" in str(error):
             raise ProcessError(_out_of_memory(guard.step, args, config, "of the host: " + str(error)[:200])) from error
-        if "DataLoader worker" in str(error):
+        if "DataLoader worker" in str(error) and any(word in str(error) for word in LOADER_DIED):
             raise ProcessError(
                 f"a loader process died ({' '.join(str(error).split())[:300]}). Most often the host has run out of "
                 f"memory or of shared memory (/dev/shm): lower --dataloader_num_workers (it is "
@@ -257,6 +264,24 @@ def memory_remedies(args, config=None) -> list[str]:
 
 def _newest_checkpointing(args) -> bool:
     return bool(getattr(args, "activation_checkpointing", False))
+
+
+def _leave_terminal() -> None:
+    """Let what is written to a terminal that is gone go nowhere."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):
+        with suppress(OSError):
+            if os.isatty(stream) or not _can_write(stream):
+                os.dup2(null, stream)
+    os.close(null)
+
+
+def _can_write(stream: int) -> bool:
+    try:
+        os.write(stream, b"")
+    except OSError:
+        return False
+    return True
 
 
 def let_workers_live(_worker: int | None = None) -> None:

@@ -120,12 +120,11 @@ class CPMTrainer(Trainer):
 
     def get_train_dataloader(self):
         """As in Trainer; loader processes leave signals to the training process."""
-        loader = super().get_train_dataloader()
-        inner = getattr(loader, "base_dataloader", loader)  # accelerate's around torch's
-        seed, inner.worker_init_fn = inner.worker_init_fn, let_workers_live
-        if seed is not None:
-            inner.worker_init_fn = partial(_in_turn, (seed, let_workers_live))
-        return loader
+        return _with_living_workers(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args, **kwargs):
+        """Likewise."""
+        return _with_living_workers(super().get_eval_dataloader(*args, **kwargs))
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -319,6 +318,14 @@ class Checkpointing(TrainerCallback):
                 isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()
             )
             layer._gradient_checkpointing_func = partial(recompute, list(layer.parameters()), random)
+
+
+def _with_living_workers(loader):
+    inner = getattr(loader, "base_dataloader", loader)  # accelerate's around torch's
+    before = inner.worker_init_fn
+    if not isinstance(before, partial) or before.func is not _in_turn:  # Trainer may keep an evaluation's loader
+        inner.worker_init_fn = partial(_in_turn, [f for f in (before, let_workers_live) if f is not None])
+    return loader
 
 
 def _in_turn(functions: Sequence[Callable], worker: int) -> None:

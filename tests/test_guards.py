@@ -35,15 +35,14 @@ class Items(torch.utils.data.Dataset):
         return self.spoil(number, {**self.rows[number % 2], "id": f"sample {number}"})
 
 
-def trainer_of(tmp_path, items=None, model=None, callbacks=(), **arguments) -> CPMTrainer:
+def trainer_of(tmp_path, items=None, model=None, callbacks=(), evaluated=None, **arguments) -> CPMTrainer:
     settings = {"report_to": "none", "disable_tqdm": True, "dataloader_num_workers": 0, "logging_steps": 1, "seed": 3}
     settings |= {"save_strategy": "no", "max_steps": 6, "train_sampling_strategy": "sequential"}
     arguments = TrainingArguments(output_dir=str(tmp_path), **{**settings, **arguments})
     model = model or AutoModel.from_pretrained(GOLDEN["llama3"], dtype=torch.float32)
     items = items or Items()
-    return CPMTrainer(
-        model=model, args=arguments, train_dataset=items, data_collator=data_collator, callbacks=list(callbacks)
-    )
+    datasets = {"train_dataset": items, "eval_dataset": evaluated}
+    return CPMTrainer(model=model, args=arguments, data_collator=data_collator, callbacks=list(callbacks), **datasets)
 
 
 def spoil_losses(trainer: CPMTrainer, steps, value: float) -> None:
@@ -186,6 +185,29 @@ def test_loader_processes_survive_the_signal_that_ends_training(tmp_path):
     trainer = trainer_of(tmp_path, Items(spoil=spoil), dataloader_num_workers=1)
     trainer.train()
     assert trainer.state.global_step == 6
+
+
+def test_a_signal_within_an_evaluation(tmp_path):
+    """It reaches the loader processes too; the run ends with a checkpoint, and no further evaluation."""
+    evaluations = []
+
+    def spoil(number, item):
+        if number == 1 and get_worker_info():
+            os.kill(os.getpid(), signal.SIGTERM)
+        return item
+
+    class Stop(TrainerCallback):
+        def on_prediction_step(self, *_args, **_):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def on_evaluate(self, *_args, **_):
+            evaluations.append(1)
+
+    arguments = {"eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 1, "max_steps": 2}
+    trainer = trainer_of(tmp_path, callbacks=[Stop()], evaluated=Items(count=3, spoil=spoil), **arguments)
+    trainer.train()
+    assert trainer.guard.signal == signal.SIGTERM and len(evaluations) == 1
+    assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
 def test_resume_command(monkeypatch):
