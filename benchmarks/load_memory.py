@@ -30,8 +30,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-os.environ["DS_ACCELERATOR"] = os.environ["ACCELERATE_USE_CPU"] = "cpu"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch  # noqa: E402
 
@@ -125,7 +123,7 @@ def run(layout: str, model: Path, method: str, output: Path) -> dict[str, int]:
     flags += ["--use_lora", "true"] if method == "lora" else []
     flags += ["--deepspeed", ROOT / deepspeed] if deepspeed else []
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, __file__]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     command = list(map(str, [*command, "--measure", output, *flags]))
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if result.returncode:
