@@ -55,7 +55,7 @@ from transformers import initialization as init
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 import finetune.finetune as toolkit
-from finetune.errors import UserError
+from finetune.errors import UserError, over_processes
 from finetune.minicpmv import MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.resampler import Resampler
 from finetune.minicpmv.tiny import MODELS, write_checkpoint
@@ -433,9 +433,7 @@ def evaluate(meter: Meter, options: argparse.Namespace) -> dict:
         "host_gib": host_bytes() / GIB,
     }
     processes = meter.args.world_size
-    everyone = [own] * processes
-    if torch.distributed.is_initialized():
-        torch.distributed.all_gather_object(everyone, own)
+    everyone = over_processes(own)
     losses = [mean(of_step) for of_step in zip(*(each["losses"] for each in everyone), strict=True)]
     for number, loss in enumerate(losses):
         if not math.isfinite(loss):

@@ -141,10 +141,7 @@ def scan(count: int, look: Callable[[range], object], title: str, workers: int |
         for number, result in _results(look, ranges, range(rank, len(ranges), processes), workers):
             mine[number] = result
             bar.update(min(len(ranges[number]) * processes, count - bar.n))
-    of_all = [mine]
-    if together:
-        of_all = [mine] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_all, mine)
+    of_all = over_processes(mine)
     return [[results[number] for results in of_all if number in results] for number in range(len(ranges))]
 
 
