@@ -19,6 +19,7 @@ from conftest import ROOT, launch, losses
 from PIL import Image
 
 from finetune import inspect_data
+from finetune.checkpoints import MANIFEST
 from finetune.checks import find_problems
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset
@@ -121,6 +122,7 @@ def test_resume_refuses_code_in_any_file(name, lora_run, tiny, data_file, tmp_pa
     (checkpoint / name).parent.mkdir(exist_ok=True)
     with (checkpoint / name).open("wb") as file:
         torch.save({"state": Payload(marker)}, file)
+    (checkpoint / MANIFEST).unlink()  # who poisons a file would not leave its old size there
     call = flags(tiny["llama3"], data_file, tmp_path / "out", *LORA, "--resume_from_checkpoint", checkpoint)
     with pytest.raises(UserError) as caught:
         train(call)
@@ -520,6 +522,7 @@ def test_deepspeed_resumes_from_good_checkpoints_only(stage, tiny, data_file, tm
     shutil.rmtree(folder / "checkpoint-4")
     state = next((folder / "checkpoint-2").glob("global_step2/*rank_1*optim_states.pt"))
     torch.save({"optimizer_state_dict": Payload(marker)}, state)
+    (folder / "checkpoint-2" / MANIFEST).unlink()
     resume = ("--resume_from_checkpoint", folder / "checkpoint-2")
     result = launched(folder, tiny, data_file, tmp_path / "ds.json", *resume, check=False)
     assert result.returncode != 0 and result.stderr.count(f"{state}: would run code") == 1
