@@ -171,8 +171,8 @@ def newest_everywhere(output_dir: str | os.PathLike) -> str | None:
         UserError: in all of them, when each machine has one, but none that all have.
     """
     found = checkpoint_steps(output_dir)
-    complete = {step for step, folder in found.items() if fault(Path(folder)) is None}
-    everyone = over_processes(complete)
+    faults = {step: fault(Path(folder)) for step, folder in found.items()}
+    everyone = over_processes({step for step, why in faults.items() if why is None})
     newest = max(set.intersection(*everyone), default=None)
     if newest is None and any(everyone):
         steps = "; ".join(f"process {rank}: {sorted(steps) or 'none'}" for rank, steps in enumerate(everyone))
@@ -182,7 +182,7 @@ def newest_everywhere(output_dir: str | os.PathLike) -> str | None:
         )
     for step in sorted(found, reverse=True):
         if newest is None or step > newest:
-            _warn_of(found[step], fault(Path(found[step])) or "another machine does not have all of it")
+            _warn_of(found[step], faults[step] or "another machine does not have all of it")
     for folder in sorted(Path(output_dir, ASIDE).glob("checkpoint-*")):
         _warn_of(str(folder), "its save was cut off")
     return None if newest is None else found[newest]

@@ -241,6 +241,9 @@ def _out_of_memory(step: Step, args, config, cause: str) -> str:
 def memory_remedies(args, config=None) -> list[str]:
     """Flags that take memory off a run with these arguments, those that cost least first."""
     batch, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    checkpointing = args.gradient_checkpointing or getattr(
+        args, "activation_checkpointing", False
+    )  # by its newest name
     lora = getattr(args, "use_lora", False)
     deepspeed = getattr(args, "hf_deepspeed_config", None)
     stage = deepspeed.get_value("zero_optimization.stage", 0) if deepspeed else 0
@@ -248,7 +251,7 @@ def memory_remedies(args, config=None) -> list[str]:
     slices = config.slicing["max_slice_nums"] if hasattr(config, "slicing") else 0
     remedies = [
         (f"--batch_size 1 --gradient_accumulation_steps {batch * accumulation} (the same result)", batch > 1),
-        ("--gradient_checkpointing true", not (args.gradient_checkpointing or _newest_checkpointing(args))),
+        ("--gradient_checkpointing true", not checkpointing),
         ("--model_max_length 1200", getattr(args, "model_max_length", 0) > 1200),
         ("--max_slice_nums 4", slices > 4),
         ("--tune_vision false", getattr(args, "tune_vision", False)),
@@ -260,10 +263,6 @@ def memory_remedies(args, config=None) -> list[str]:
         ("a GPU with more memory, or more GPUs", True),
     ]
     return [remedy for remedy, applies in remedies if applies]
-
-
-def _newest_checkpointing(args) -> bool:
-    return bool(getattr(args, "activation_checkpointing", False))
 
 
 def _leave_terminal() -> None:

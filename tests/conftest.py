@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -30,6 +33,7 @@ from finetune.minicpmv.vision import to_strip  # noqa: E402
 GOLDEN = {"llama3": TESTS / "golden" / "minicpm_llama3_v2_5", "minicpm": TESTS / "golden" / "minicpm_v2"}
 GOLDEN_DATA = TESTS / "golden" / "data"
 LLM_TYPES = tuple(GOLDEN)
+PATIENCE = 600  # seconds; two launchers at a time are slow where there are two cores
 
 
 def golden_batch(llm_type: str) -> dict:
@@ -100,6 +104,22 @@ def launch(script: str, *flags: object, cwd: Path | None = None, check: bool = T
     if check:
         assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
     return result
+
+
+def launch_nodes(script: str, *flags: object, nodes: Sequence[Mapping[str, object]], **variables: object) -> list:
+    """The launcher as two or more nodes would run it at the same time, one process each, with a node's own variables;
+    results in their order."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    rendezvous = {"NNODES": len(nodes), "GPUS_PER_NODE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+    def node(rank: int):
+        own = {"NODE_RANK": rank, **nodes[rank]}
+        return launch(script, *flags, check=False, timeout=PATIENCE, **rendezvous, **own, **variables)
+
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        return list(pool.map(node, range(len(nodes))))
 
 
 def losses(folder: Path) -> list[float]:

@@ -143,13 +143,19 @@ def test_remedies_are_those_that_are_left():
     assert not any("zero" in remedy for remedy in remedies)
 
 
-def test_death_of_a_loader_process_is_reported(tmp_path):
-    def spoil(number, item):
-        if number == 4 and get_worker_info():
-            os.kill(os.getpid(), signal.SIGKILL)
+def signal_worker(at: int, number: int):
+    """For `Items`: the loader process that makes sample `at` gets a signal."""
+
+    def spoil(sample, item):
+        if sample == at and get_worker_info():
+            os.kill(os.getpid(), number)
         return item
 
-    trainer = trainer_of(tmp_path, Items(spoil=spoil), dataloader_num_workers=1)
+    return spoil
+
+
+def test_death_of_a_loader_process_is_reported(tmp_path):
+    trainer = trainer_of(tmp_path, Items(spoil=signal_worker(4, signal.SIGKILL)), dataloader_num_workers=1)
     with pytest.raises(ProcessError, match=r"a loader process died.*--dataloader_num_workers \(it is 1"):
         trainer.train()
 
@@ -176,13 +182,7 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, numbe
 
 def test_loader_processes_survive_the_signal_that_ends_training(tmp_path):
     """Ctrl-C and SLURM reach every process of the group."""
-
-    def spoil(number, item):
-        if number == 3 and get_worker_info():
-            os.kill(os.getpid(), signal.SIGTERM)
-        return item
-
-    trainer = trainer_of(tmp_path, Items(spoil=spoil), dataloader_num_workers=1)
+    trainer = trainer_of(tmp_path, Items(spoil=signal_worker(3, signal.SIGTERM)), dataloader_num_workers=1)
     trainer.train()
     assert trainer.state.global_step == 6
 
@@ -190,11 +190,6 @@ def test_loader_processes_survive_the_signal_that_ends_training(tmp_path):
 def test_a_signal_within_an_evaluation(tmp_path):
     """It reaches the loader processes too; the run ends with a checkpoint, and no further evaluation."""
     evaluations = []
-
-    def spoil(number, item):
-        if number == 1 and get_worker_info():
-            os.kill(os.getpid(), signal.SIGTERM)
-        return item
 
     class Stop(TrainerCallback):
         def on_prediction_step(self, *_args, **_):
@@ -204,7 +199,9 @@ def test_a_signal_within_an_evaluation(tmp_path):
             evaluations.append(1)
 
     arguments = {"eval_strategy": "steps", "eval_steps": 2, "dataloader_num_workers": 1, "max_steps": 2}
-    trainer = trainer_of(tmp_path, callbacks=[Stop()], evaluated=Items(count=3, spoil=spoil), **arguments)
+    trainer = trainer_of(
+        tmp_path, callbacks=[Stop()], evaluated=Items(count=3, spoil=signal_worker(1, signal.SIGTERM)), **arguments
+    )
     trainer.train()
     assert trainer.guard.signal == signal.SIGTERM and len(evaluations) == 1
     assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")

@@ -6,15 +6,13 @@ import json
 import multiprocessing
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, launch, losses
+from conftest import PATIENCE, ROOT, launch, launch_nodes, losses
 from safetensors.torch import load_file
 
 from finetune.checkpoints import newest_everywhere
@@ -24,7 +22,6 @@ from finetune.loading import load_finetuned
 from finetune.machines import output_is_shared
 
 STEPS = 4
-PATIENCE = 600  # seconds; two launchers at a time are slow where there are two cores
 
 
 def processes(work: Callable[[int], object], folder: Path, count: int, per_node: int = 1) -> list:
@@ -114,18 +111,8 @@ def test_nodes_resume_the_newest_checkpoint_that_all_have(steps, agreed, tmp_pat
 
 
 def on_two_nodes(outputs: tuple[Path, Path], script: str, *flags: object, **variables: object) -> list:
-    """The launcher as two nodes would run it at the same time, with one process each."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-
-    def node(rank: int):
-        place = {"NODE_RANK": rank, "OUTPUT_DIR": outputs[rank], "GPUS_PER_NODE": 1}
-        rendezvous = {"NNODES": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        return launch(script, *flags, check=False, timeout=PATIENCE, **rendezvous, **place, **variables)
-
-    with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(node, range(2)))
+    """Two nodes, each with an OUTPUT_DIR of its own or the same, that must both succeed."""
+    results = launch_nodes(script, *flags, nodes=[{"OUTPUT_DIR": output} for output in outputs], **variables)
     for result in results:
         assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
     return results

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, losses
+from conftest import ROOT, launch_nodes, losses
 from safetensors.torch import load_file
 
 from finetune.checkpoints import ASIDE, checkpoint_steps, fault, newest_complete
@@ -201,22 +201,13 @@ def test_processes_that_read_different_data_are_found(tiny, data_file, tmp_path)
     samples[7]["conversations"][1]["content"] = "It is grey."
     (other / "train.json").write_text(json.dumps(samples))
     for second, message in ((other / "train.json", "read different data"), (other / "gone.json", "process 1: ")):
-        outputs = two_agents(tiny, tmp_path / second.stem, (data_file, second))
-        for code, output in outputs:
-            assert code != 0 and message in output and 'Traceback (most recent call last):\n  File "/' not in output
+        variables = {"MODEL": tiny["llama3"], "OUTPUT_DIR": tmp_path / second.stem, "DS_CONFIG": ""}
+        flags, nodes = ("--max_steps", 2, "--report_to", "none"), [{"DATA": data_file}, {"DATA": second}]
+        for result in launch_nodes("finetune_lora.sh", *flags, nodes=nodes, **variables):
+            output = result.stdout + result.stderr
+            assert (
+                result.returncode != 0
+                and message in output
+                and 'Traceback (most recent call last):\n  File "/' not in output
+            )
             assert "train.json" in output or "gone.json" in output
-
-
-def two_agents(tiny, folder: Path, files: tuple[Path, Path]) -> list[tuple[int, str]]:
-    """(status, output) of two launchers that train together on one machine, each with its own data file."""
-    port = random.Random(str(folder)).randint(20000, 40000)
-    variables = {"MODEL": tiny["llama3"], "OUTPUT_DIR": folder, "GPUS_PER_NODE": 1, "DS_CONFIG": "", "NNODES": 2}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1, "VIRTUAL_ENV": sys.prefix}
-    agents = []
-    for rank, file in enumerate(files):
-        own = {name: str(value) for name, value in {**variables, "NODE_RANK": rank, "DATA": file}.items()}
-        command = ["sh", str(ROOT / "finetune" / "finetune_lora.sh"), "--max_steps", "2", "--report_to", "none"]
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        agents.append(subprocess.Popen(command, env={**os.environ, **own}, **streams))
-    outputs = [agent.communicate(timeout=240)[0] for agent in agents]
-    return [(agent.returncode, output) for agent, output in zip(agents, outputs, strict=True)]
