@@ -11,11 +11,14 @@ import os
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     try:
         main()
+    except ChildFailedError as failed:  # which process, with what status; why, it has said itself
+        sys.exit(str(failed))
     except SignalException as stopped:
         sys.exit(128 + stopped.sigval)
