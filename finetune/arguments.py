@@ -426,7 +426,7 @@ def checkpoint_to_resume(training: TrainingArguments) -> str | None:
     resume = training.resume_from_checkpoint
     if resume not in TRUE:
         return None if resume in (None, "", *FALSE) else resume
-    newest = newest_everywhere(training.output_dir)
+    newest = newest_everywhere(training.output_dir, writes=training.should_save)
     if newest is None:
         logger.warning("no checkpoint in %s yet: training starts from the beginning", training.output_dir)
     return newest

@@ -1,7 +1,9 @@
 """Checkpoints that are complete or not there: written aside, looked over, renamed; and the newest complete one found.
 
-OUTPUT_DIR/incomplete/checkpoint-N    while it is written
-OUTPUT_DIR/checkpoint-N               when all of it is on the disk; complete.json lists its files and their sizes
+OUTPUT_DIR/_incomplete/checkpoint-N    while it is written
+OUTPUT_DIR/checkpoint-N                when all of it is on the disk; complete.json lists its files and their sizes
+
+Trainer's upload to the hub leaves out names that begin with an underscore.
 """
 
 from __future__ import annotations
@@ -22,25 +24,27 @@ from finetune.errors import ProcessError, UserError, is_main_of_node, over_proce
 
 logger = logging.getLogger("finetune")
 
-ASIDE = "incomplete"
+ASIDE = "_incomplete"
 MANIFEST = "complete.json"
 STATE = "trainer_state.json"
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in the RuntimeErrors of torch.save
 
 
 @contextmanager
-def written_aside(folder: Path, writes: bool) -> Iterator[Path]:
+def written_aside(folder: Path, writes: bool, into: bool = False) -> Iterator[Path]:
     """Yields a folder to write in; afterwards its files are checked, brought to the disk and put in the place of
     `folder`, which is thus whole or not there, wherever the run is killed. All processes must call it.
 
     Args:
         folder: what is to be written; a folder of this name, of an earlier run, is moved aside.
         writes: whether this process makes and moves the folder (one on each disk).
+        into: `folder` stays, with what else it holds: the files go into it one by one, over those of the same names.
 
     Raises:
         UserError: when writing fails; what was written is removed, older checkpoints stay as they are.
     """
-    aside = folder.parent / ASIDE / folder.name
+    parent = folder if into else folder.parent
+    aside = parent / ASIDE / folder.name
     with _failures(folder, aside, writes):
         if writes:
             shutil.rmtree(aside, ignore_errors=True)
@@ -58,10 +62,14 @@ def written_aside(folder: Path, writes: bool) -> Iterator[Path]:
             if found is not None:
                 raise _Agreed(str(found)) from found
         if writes:
-            if folder.exists():
-                _move_aside([folder], folder.parent)
-            os.replace(aside, folder)
-            _flush(folder.parent)
+            if into:
+                (aside / MANIFEST).unlink()  # of a checkpoint, not of a folder that holds more
+                _move_files(aside, folder)
+            else:
+                if folder.exists():
+                    _move_aside([folder], parent)
+                os.replace(aside, folder)
+            _flush(parent)
             with suppress(OSError):  # holds what is left of another save
                 aside.parent.rmdir()
 
@@ -79,8 +87,9 @@ def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
             raise
         if writes:  # it would only take room
             shutil.rmtree(aside, ignore_errors=True)
-        free = shutil.disk_usage(folder.parent).free if folder.parent.is_dir() else 0
-        before = newest_complete(folder.parent)
+        output_dir = aside.parent.parent
+        free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
+        before = newest_complete(output_dir)
         kept = f"the newest complete checkpoint is {before}" if before else "no checkpoint is complete yet"
         cause = f"torch.save could not write all of it ({error})" if isinstance(error, RuntimeError) else str(error)
         kind = UserError if isinstance(error, _Agreed) else ProcessError
@@ -163,13 +172,19 @@ def newest_complete(output_dir: str | os.PathLike) -> str | None:
     return next((found[step] for step in sorted(found, reverse=True) if _usable(found[step])), None)
 
 
-def newest_everywhere(output_dir: str | os.PathLike) -> str | None:
+def newest_everywhere(output_dir: str | os.PathLike, writes: bool) -> str | None:
     """The newest checkpoint that is complete for every process of the run, whose machines may have disks of their
-    own; all processes must call it.
+    own; all processes must call it. One that a kill kept from its place, with all of it on the disk, is put there.
+
+    Args:
+        writes: whether this process may move folders (one on each disk).
 
     Raises:
         UserError: in all of them, when each machine has one, but none that all have.
     """
+    if writes:
+        _put_in_place(Path(output_dir))
+    over_processes(None)
     found = checkpoint_steps(output_dir)
     faults = {step: fault(Path(folder)) for step, folder in found.items()}
     everyone = over_processes({step for step, why in faults.items() if why is None})
@@ -186,6 +201,16 @@ def newest_everywhere(output_dir: str | os.PathLike) -> str | None:
     for folder in sorted(Path(output_dir, ASIDE).glob("checkpoint-*")):
         _warn_of(str(folder), "its save was cut off")
     return None if newest is None else found[newest]
+
+
+def _put_in_place(output_dir: Path) -> None:
+    for whole in sorted((output_dir / ASIDE).glob("checkpoint-*")):
+        folder = output_dir / whole.name
+        if (whole / MANIFEST).is_file() and fault(whole) is None:
+            if folder.exists():
+                _move_aside([folder], output_dir)
+            os.replace(whole, folder)
+            logger.warning("%s was saved whole, but a kill came before it was in its place: it is now", folder)
 
 
 def checkpoint_steps(output_dir: str | os.PathLike) -> dict[int, str]:
@@ -207,30 +232,43 @@ def _warn_of(folder: str, why: str) -> None:
         logger.warning("%s is incomplete (%s) and is passed over", folder, why)
 
 
-def set_checkpoints_aside(output_dir: str | os.PathLike) -> None:
-    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new."""
-    _move_aside([Path(folder) for folder in checkpoint_steps(output_dir).values()], Path(output_dir))
+def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1) -> None:
+    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new.
+
+    Args:
+        after: only those of later steps than this.
+    """
+    found = checkpoint_steps(output_dir)
+    _move_aside([Path(folder) for step, folder in found.items() if step > after], Path(output_dir))
+
+
+def set_newer_aside(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+    """`set_checkpoints_aside` for a run that goes on from a checkpoint of `output_dir` which is not its newest."""
+    steps = [step for step, folder in checkpoint_steps(output_dir).items() if Path(folder).samefile(checkpoint)]
+    if steps:
+        set_checkpoints_aside(output_dir, after=steps[0])
 
 
 def _move_aside(folders: list[Path], output_dir: Path) -> None:
     if not folders:
         return
-    aside = output_dir / f"earlier-{time.strftime('%Y%m%d-%H%M%S')}"
+    aside = output_dir / f"_earlier-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 0
+    name = aside.name
     while aside.exists():
         number += 1
-        aside = aside.with_name(f"{aside.name.split('_')[0]}_{number}")
+        aside = aside.with_name(f"{name}_{number}")
     aside.mkdir()
     for folder in folders:
         folder.rename(aside / folder.name)
     logger.warning("moved %d checkpoints of an earlier run to %s", len(folders), aside)
 
 
-def move_files(source: Path, target: Path) -> None:
+def _move_files(source: Path, target: Path) -> None:
     """Move everything in `source` to `target`, one rename for each, over what is there."""
     for path in sorted(source.iterdir()):
         if path.is_dir() and (target / path.name).is_dir():
-            move_files(path, target / path.name)
+            _move_files(path, target / path.name)
         else:
             os.replace(path, target / path.name)
     source.rmdir()

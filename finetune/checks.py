@@ -235,12 +235,24 @@ def leave_out_bad_samples(
 
 
 def _from_first_process(make: Callable[[], object]) -> object:
-    """What `make` returns in the first process of a distributed run, in all of them."""
-    if not torch.distributed.is_initialized():
-        return make()
-    made = [make() if torch.distributed.get_rank() == 0 else None]
-    torch.distributed.broadcast_object_list(made)
-    return made[0]
+    """What `make` returns in the first process of a distributed run, in all of them.
+
+    Raises:
+        UserError: in all of them, when a file cannot be read or written.
+    """
+    made, failure = None, None
+    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        try:
+            made = make()
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            failure = (
+                f"{BAD_SAMPLES_NAME} in --output_dir: {type(error).__name__}: {error}. Expected what a run "
+                "with --bad_samples skip wrote there; without the file a resumed run looks for bad samples anew"
+            )
+    made, failure = over_processes((made, failure))[0]
+    if failure:
+        raise UserError(failure)
+    return made
 
 
 def _write_bad_samples(path: Path, bad: Mapping[str, list[Problem]]) -> None:

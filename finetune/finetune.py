@@ -35,7 +35,7 @@ from finetune.arguments import (
     parse_arguments,
     trained_set_problems,
 )
-from finetune.checkpoints import newest_complete, set_checkpoints_aside
+from finetune.checkpoints import newest_complete, set_checkpoints_aside, set_newer_aside
 from finetune.checks import (
     BAD_SAMPLES_NAME,
     check_same_data,
@@ -47,7 +47,7 @@ from finetune.checks import (
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
-from finetune.guards import die_with_launcher, resume_command
+from finetune.guards import die_with_launcher, explained, resume_command
 from finetune.loading import in_parts, load_extra_tensors, load_tokenizer, resolved_settings
 from finetune.machines import end_together, save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
@@ -74,20 +74,25 @@ def train(argv: list[str] | None = None) -> None:
     _stop_on(problems, "These settings cannot work:")
     save_where_all_can_read(args)
 
+    tokenizer, problems = None, []
     try:
         tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
     except ValueError as error:
-        raise UserError(f"--model_name_or_path {error}") from error
+        problems = [f"--model_name_or_path {error}"]
+    _stop_on(problems, "The tokenizer cannot be used:")
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
     checkpoint = checkpoint_to_resume(args)
     _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
-    if args.overwrite_output_dir and checkpoint is None and args.should_save:
+    if checkpoint is not None and args.should_save:
+        set_newer_aside(checkpoint, args.output_dir)
+    elif args.overwrite_output_dir and args.should_save:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
-    model = load_model(model_args, args, lora_args, config)
+    with explained(None, args, config):
+        model = load_model(model_args, args, lora_args, config)
     group_elements = GROUP_ELEMENTS
     if checkpoint is not None:  # with the parameter groups that it was saved with: Trainer's own, where it says none
         group_elements = resolved_settings(checkpoint).get("param_group_elements")

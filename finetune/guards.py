@@ -6,16 +6,19 @@ Processes agree on everything at the end of each step, by a sum over the hosts t
 from __future__ import annotations
 
 import ctypes
+import errno
 import logging
 import os
 import shlex
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -27,6 +30,7 @@ logger = logging.getLogger("finetune")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_NAMES_SHOWN = 20
+SIGNAL_DELAY = 1.0  # seconds in which word of a process that died arrives
 LOADER_DIED = ("killed by signal", "exited unexpectedly")  # not: an exception of the data set, passed on
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -113,11 +117,24 @@ class Guard(TrainerCallback):
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
         if self._bad_steps and state.global_step >= state.max_steps:
-            raise UserError(
-                f"training ended at step {state.global_step} with a loss that is infinite or no number; the result is "
-                "not saved. Lower --learning_rate, or train in another precision (--bf16 true)"
-            )
+            self._end_on_bad_step(state.global_step, kwargs["model"])
         self._hold_back(state, control)
+
+    def _end_on_bad_step(self, step: int, model: torch.nn.Module) -> None:
+        """The last step of all has a bad loss: there is a result only where it has changed no weight."""
+        if not all(over_processes(_trained_are_finite(model))):
+            raise UserError(
+                f"training ended at step {step} with a loss that is infinite or no number, and weights that are; the "
+                "result is not saved. Lower --learning_rate, train in another precision (--bf16 true), and go on from "
+                "the last checkpoint with --resume_from_checkpoint true"
+            )
+        self._bad_steps = 0
+        if is_main_of_node():
+            logger.warning(
+                "the loss of the last step, %d, is infinite or no number. That step changed no weight: the result is "
+                "that of the steps before",
+                step,
+            )
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._agree(state.global_step, everything=True)
@@ -202,11 +219,11 @@ class Guard(TrainerCallback):
 
 
 @contextmanager
-def explained(guard: Guard, args, config=None) -> Iterator[None]:
+def explained(guard: Guard | None, args, config=None) -> Iterator[None]:
     """Out of memory, and loader processes that died, in words that help.
 
     Args:
-        guard: knows what was computed.
+        guard: knows what was computed; None: nothing yet, the model is loaded.
         args: the run's TrainingArguments.
         config: of the model, for its slices; None: another model.
 
@@ -215,14 +232,12 @@ def explained(guard: Guard, args, config=None) -> Iterator[None]:
     """
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise ProcessError(_out_of_memory(guard.step, args, config, str(error).splitlines()[0])) from error
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error):
-            raise ProcessError(_out_of_memory(guard.step, args, config, "of the host: " + str(error)[:200])) from error
-        if "DataLoader worker" in str(error) and any(word in str(error) for word in LOADER_DIED):
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        if cause := _lacking_memory(error):
+            raise ProcessError(_out_of_memory(guard and guard.step, args, config, cause)) from error
+        if death := _death_of_loader(error):
             raise ProcessError(
-                f"a loader process died ({' '.join(str(error).split())[:300]}). Most often the host has run out of "
+                f"a loader process died ({' '.join(str(death).split())[:300]}). Most often the host has run out of "
                 f"memory or of shared memory (/dev/shm): lower --dataloader_num_workers (it is "
                 f"{args.dataloader_num_workers}; 0 loads in the training process itself, and shows what fails there), "
                 "and go on with --resume_from_checkpoint true"
@@ -230,11 +245,38 @@ def explained(guard: Guard, args, config=None) -> Iterator[None]:
         raise
 
 
-def _out_of_memory(step: Step, args, config, cause: str) -> str:
+def _lacking_memory(error: Exception) -> str | None:
+    """What an error says of the memory that could not be had; None: it is about something else."""
+    cause = (str(error).splitlines() or [""])[0][:200]
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
+        return cause
+    host = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
+    return f"of the host: {cause}" if host or "can't allocate memory" in str(error) else None
+
+
+def _death_of_loader(error: Exception) -> Exception | None:
+    """The error that names a loader process which died, if one did.
+
+    What it was sending breaks off first now and then. PyTorch hears of the death a moment later, by a signal, and
+    raises its own error from wherever this process then is.
+    """
+    if isinstance(error, OSError | EOFError | UnpicklingError):
+        try:
+            time.sleep(SIGNAL_DELAY)
+        except RuntimeError as death:
+            error = death
+    died = "DataLoader worker" in str(error) and any(word in str(error) for word in LOADER_DIED)
+    return error if died else None
+
+
+def _out_of_memory(step: Step | None, args, config, cause: str) -> str:
+    place = "while loading the model"
+    if step is not None:
+        place = f"at a step of {len(step.names)} samples, {step.tokens} tokens and {step.slices} slices per process"
     return (
-        f"out of memory at a step of {len(step.names)} samples, {step.tokens} tokens and {step.slices} slices per "
-        f"process ({cause}). What helps, from what costs least: {'; '.join(memory_remedies(args, config))}. Then go on "
-        "with --resume_from_checkpoint true, if a checkpoint was saved"
+        f"out of memory {place} ({cause}). What helps, from what costs least: "
+        f"{'; '.join(memory_remedies(args, config))}. Then go on with --resume_from_checkpoint true, if a checkpoint "
+        "was saved"
     )
 
 
@@ -263,6 +305,12 @@ def memory_remedies(args, config=None) -> list[str]:
         ("a GPU with more memory, or more GPUs", True),
     ]
     return [remedy for remedy, applies in remedies if applies]
+
+
+def _trained_are_finite(model: torch.nn.Module) -> bool:
+    """Of the parameters that this process holds, or of its parts of them under ZeRO-3; waits for the device."""
+    trained = [getattr(p, "ds_tensor", p).detach() for p in model.parameters() if p.requires_grad]
+    return all(bool(tensor.isfinite().all()) for tensor in trained)
 
 
 def _leave_terminal() -> None:

@@ -8,6 +8,7 @@ changed from torch 2.12 on.)
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing import SignalException
@@ -16,6 +17,8 @@ from torch.distributed.run import main
 
 if __name__ == "__main__":
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would put its own handler there
+        os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")  # default of its flag
     try:
         main()
     except ChildFailedError as failed:  # which process, with what status; why, it has said itself

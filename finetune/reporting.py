@@ -61,11 +61,9 @@ def settings_record(arguments: Mapping[str, object], resolved: Mapping[str, obje
 
 
 def write_settings(settings: Mapping, folder: str | os.PathLike) -> None:
-    """Write `training_settings.json`, aside first, then renamed."""
-    path = Path(folder) / SETTINGS_NAME
-    aside = path.with_suffix(".tmp")
-    aside.write_text(json.dumps(settings, indent=2, default=str, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(aside, path)
+    """Write `training_settings.json`."""
+    text = json.dumps(settings, indent=2, default=str, ensure_ascii=False)
+    Path(folder, SETTINGS_NAME).write_text(text + "\n", encoding="utf-8")
 
 
 def plot_history(history: list[dict], path: Path) -> None:

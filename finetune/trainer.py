@@ -29,7 +29,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.checkpoints import MANIFEST, move_files, written_aside
+from finetune.checkpoints import written_aside
 from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
@@ -39,8 +39,6 @@ from finetune.recompute import recompute
 from finetune.reporting import write_settings
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
-
-RESULT = "complete-result"
 
 
 def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -89,7 +87,8 @@ class CPMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings = settings
         self._aside: Path | None = None  # where a checkpoint is being written
-        self._saved_step: int | None = None
+        self._saved_step: int | None = None  # of the newest checkpoint
+        self._result_step: int | None = None  # of the result in output_dir
         self.group_elements = group_elements
         self.continued_adapter = continued_adapter
         self.compute_loss_func = self.compute_loss_func or token_loss
@@ -110,7 +109,7 @@ class CPMTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set. Whatever lies in
         the checkpoint to resume, no code of it is executed."""
-        self._saved_step = None
+        self._saved_step = self._result_step = None
         watched = explained(self.guard, self.args, getattr(self.model, "config", None))
         try:
             with watched, no_code_from_files(self.is_deepspeed_enabled):
@@ -146,6 +145,12 @@ class CPMTrainer(Trainer):
         if fused and isinstance(norm, torch.Tensor) and not self.is_deepspeed_enabled and not self.accelerator.scaler:
             optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         return norm
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *args) -> tuple[int, int]:
+        """As in Trainer; a run that is resumed with all its steps behind it takes no further one. Trainer (5.17 to
+        5.24) takes one where the last step lies within an epoch, and has no public place before its first step."""
+        place = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
+        return (epochs, 0) if self.state.global_step >= max_steps else place
 
     @property
     def _zero_stage(self) -> int | None:
@@ -206,14 +211,14 @@ class CPMTrainer(Trainer):
         model into the host memory of every rank. At ZeRO-3 on disks of each node's own, where Trainer gives the weights
         to the first node alone, in every node's folder.
         """
-        if not _internal_call:
-            target = Path(output_dir or self.args.output_dir)
-            with written_aside(target / RESULT, self.args.should_save) as aside:
+        if output_dir is None and _internal_call and self._result_step == self.state.global_step:
+            return  # push_to_hub, of what lies there already
+        if output_dir is None or not _internal_call:
+            with written_aside(Path(output_dir or self.args.output_dir), self.args.should_save, into=True) as aside:
                 self.save_model(str(aside), _internal_call=True)
-            if self.args.should_save:
-                (target / RESULT / MANIFEST).unlink()
-                move_files(target / RESULT, target)
-            if self.args.push_to_hub:
+            if output_dir is None:
+                self._result_step = self.state.global_step
+            if self.args.push_to_hub and not _internal_call:
                 self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
         elif isinstance(self.model, PeftModel) and self._zero_stage in (0, 1, 2):
             self._save(output_dir)

@@ -6,11 +6,14 @@ import json
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatch
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, ROOT, golden_batch
+import transformers
+from conftest import GOLDEN, ROOT, golden_batch, same_tensors
 from safetensors.torch import save_file
 from transformers import AutoModel, TrainerCallback
 
@@ -20,10 +23,11 @@ from finetune.checkpoints import (
     MANIFEST,
     check_file,
     fault,
-    move_files,
     newest_complete,
     newest_everywhere,
     set_checkpoints_aside,
+    set_newer_aside,
+    write_manifest,
     written_aside,
 )
 from finetune.dataset import data_collator
@@ -56,7 +60,7 @@ def test_a_checkpoint_is_there_when_it_is_whole(saved, tmp_path):
     files = {file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()}
     assert set(listed) == files - {MANIFEST}
     assert not (tmp_path / ASIDE).exists()
-    assert newest_complete(tmp_path) == newest_everywhere(tmp_path) == str(saved)
+    assert newest_complete(tmp_path) == newest_everywhere(tmp_path, writes=True) == str(saved)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +80,7 @@ def test_a_checkpoint_with_a_fault_is_passed_over(saved, tmp_path, caplog, name,
             why = fault(saved)
             assert why and Path(name).name in why
             caplog.clear()
-            assert newest_complete(tmp_path) == newest_everywhere(tmp_path) == str(older)
+            assert newest_complete(tmp_path) == newest_everywhere(tmp_path, writes=True) == str(older)
             assert "checkpoint-7 is incomplete" in caplog.text and "checkpoint-5" not in caplog.text
         (saved / name).write_bytes(content)
     assert newest_complete(tmp_path) == str(saved)
@@ -87,7 +91,7 @@ def test_what_a_cut_off_save_left_is_not_used_and_is_replaced(tmp_path, caplog):
     left.mkdir(parents=True)
     write_files(left)
     (left / "of_before").touch()
-    assert newest_complete(tmp_path) is None and newest_everywhere(tmp_path) is None
+    assert newest_complete(tmp_path) is None and newest_everywhere(tmp_path, writes=True) is None
     assert "checkpoint-7 is incomplete (its save was cut off)" in caplog.text
     with written_aside(tmp_path / "checkpoint-7", writes=True) as aside:
         assert list(aside.iterdir()) == []
@@ -100,9 +104,37 @@ def test_a_checkpoint_of_the_same_step_is_moved_aside(saved, tmp_path):
     with written_aside(saved, writes=True) as aside:
         write_files(aside)
     assert not (saved / "mine").exists()
-    assert [path.parent.parent for path in tmp_path.rglob("mine")] == list(tmp_path.glob("earlier-*"))
+    assert [path.parent.parent for path in tmp_path.rglob("mine")] == list(tmp_path.glob("_earlier-*"))
     set_checkpoints_aside(tmp_path)
     assert not saved.exists() and len(list(tmp_path.rglob("model.safetensors"))) == 2
+
+
+def test_a_whole_checkpoint_that_a_kill_kept_from_its_place_is_put_there(saved, tmp_path, caplog):
+    """Killed between the check of the new one and its rename, before or after an older one of the same step moved."""
+    (saved / "mine").touch()
+    for older_is_there in (True, False):
+        aside = tmp_path / ASIDE / saved.name
+        aside.mkdir(parents=True, exist_ok=True)
+        write_files(aside)
+        write_manifest(aside)
+        if not older_is_there:
+            set_checkpoints_aside(tmp_path)
+        assert newest_everywhere(tmp_path, writes=False) == (str(saved) if older_is_there else None)
+        assert newest_everywhere(tmp_path, writes=True) == str(saved)
+        assert not (saved / "mine").exists() and not aside.exists()
+    assert len(list(tmp_path.glob("_earlier-*/checkpoint-7"))) == 2 and len(list(tmp_path.rglob("mine"))) == 1
+    assert "saved whole" in caplog.text
+
+
+def test_going_on_from_an_older_checkpoint_moves_newer_ones_aside(saved, tmp_path):
+    for step in (3, 9, 12):
+        with written_aside(tmp_path / f"checkpoint-{step}", writes=True) as aside:
+            write_files(aside)
+    set_newer_aside(f"{tmp_path}/../{tmp_path.name}/checkpoint-7", tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-7"]
+    assert len(list(tmp_path.glob("_earlier-*/checkpoint-*"))) == 2
+    set_newer_aside(next(tmp_path.glob("_earlier-*/checkpoint-9")), tmp_path)  # of another folder
+    assert saved.exists()
 
 
 def test_a_file_that_is_not_whole_is_found_before_the_rename(saved, tmp_path):
@@ -124,13 +156,17 @@ def test_check_file_takes_any_other_file(tmp_path):
     check_file(tmp_path / "notes.txt")
 
 
-def test_move_files_into_a_folder_with_files(tmp_path):
-    for name in ("new/a", "new/sub/b", "old/a", "old/sub/c"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    move_files(tmp_path / "new", tmp_path / "old")
+def test_a_result_goes_into_a_folder_that_holds_more(tmp_path):
+    for name in ("a", "sub/c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("old")
+    with written_aside(tmp_path, writes=True, into=True) as aside:
+        (aside / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (aside / name).write_text("new")
     found = {file.relative_to(tmp_path).as_posix(): file.read_text() for file in tmp_path.rglob("*") if file.is_file()}
-    assert found == {"old/a": "new/a", "old/sub/b": "new/sub/b", "old/sub/c": "old/sub/c"}
+    assert found == {"a": "new", "sub/b": "new", "sub/c": "old"}
+    assert not (tmp_path / ASIDE).exists()
 
 
 def trainer_of(tmp_path: Path, **arguments) -> CPMTrainer:
@@ -168,7 +204,54 @@ def test_one_save_for_a_step(tmp_path):
 
     trainer.add_callback(SaveAgain())
     trainer.train()
-    assert (tmp_path / "checkpoint-2" / "mine").is_file() and not list(tmp_path.glob("earlier-*"))
+    assert (tmp_path / "checkpoint-2" / "mine").is_file() and not list(tmp_path.glob("_earlier-*"))
+
+
+def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path):
+    """Its last step lies within an epoch."""
+    trainer = trainer_of(tmp_path, save_steps=1, max_steps=3)
+    trainer.train()
+    again = trainer_of(tmp_path, save_steps=1, max_steps=3)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert again.state.global_step == 3 and not (tmp_path / "checkpoint-4").exists()
+    assert not list(tmp_path.glob("_earlier-*"))
+    weights = again.model.state_dict()
+    assert len(same_tensors(trainer.model.state_dict(), weights)) == len(weights)
+    longer = trainer_of(tmp_path, save_steps=1, max_steps=5)
+    longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [entry["step"] for entry in longer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
+
+
+def test_the_hub_is_given_the_result_alone(tmp_path, monkeypatch):
+    """Not what lies aside; and the result is written once."""
+    uploads, saves = [], []
+
+    class Hub:
+        def create_repo(self, *_, **__):
+            return SimpleNamespace(repo_id="me/it")
+
+        def upload_folder(self, *, folder_path, ignore_patterns=None, **_):
+            files = [path.relative_to(folder_path).as_posix() for path in Path(folder_path).rglob("*")]
+            uploads.append({name for name in files if not any(fnmatch(name, p) for p in ignore_patterns or ())})
+
+    for name, stand_in in (("hf_api", Hub), ("create_repo", Hub().create_repo), ("upload_folder", Hub().upload_folder)):
+        if hasattr(transformers.trainer, name):
+            monkeypatch.setattr(transformers.trainer, name, stand_in)
+    trainer = trainer_of(tmp_path, max_steps=1, push_to_hub=True, hub_strategy="end")
+    trainer.create_model_card = lambda *_, **__: None
+    plain = trainer._save
+    trainer._save = lambda *args, **kwargs: (saves.append(1), plain(*args, **kwargs))
+    trainer.train()
+    set_checkpoints_aside(tmp_path)
+    (tmp_path / ASIDE / "checkpoint-9").mkdir(parents=True)
+    saves.clear()
+    trainer.save_model()
+    assert len(uploads) == 1 and len(saves) == 1
+    assert "model.safetensors" in uploads[0]
+    assert not [name for name in uploads[0] if "checkpoint-" in name or "optimizer" in name]
+    trainer.state.global_step += 1  # trained further
+    trainer.push_to_hub()
+    assert len(uploads) == 2 and len(saves) == 2
 
 
 LIMITED = """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import multiprocessing
 import os
 import signal
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +19,7 @@ from finetune.arguments import TrainingArguments
 from finetune.checkpoints import newest_complete
 from finetune.dataset import data_collator
 from finetune.errors import ProcessError, UserError
-from finetune.guards import memory_remedies, resume_command
+from finetune.guards import explained, memory_remedies, resume_command
 from finetune.trainer import CPMTrainer
 
 
@@ -89,11 +92,17 @@ def test_a_bad_step_changes_no_weight(tmp_path, max_grad_norm):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_a_run_that_ends_in_a_bad_step_is_no_success(tmp_path):
-    trainer = trainer_of(tmp_path, max_steps=2)
+def test_a_run_that_ends_in_a_bad_step_is_a_success_where_no_weight_is_spoilt(tmp_path, caplog):
+    trainer = trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+    spoil_losses(trainer, (2,), float("nan"))
+    trainer.train()
+    assert "the loss of the last step, 2, is infinite or no number" in caplog.text
+    assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
+    trainer = trainer_of(tmp_path / "sgd", max_steps=2, optim="sgd", save_strategy="steps", save_steps=2)
     spoil_losses(trainer, (2,), float("nan"))
     with pytest.raises(UserError, match="training ended at step 2"):
         trainer.train()
+    assert newest_complete(tmp_path / "sgd") is None
 
 
 def test_a_step_without_supervised_tokens_names_its_samples(tmp_path):
@@ -129,6 +138,24 @@ def test_out_of_memory_says_what_was_computed_and_what_helps(tmp_path):
     assert "Tried to allocate 2.00 GiB" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("error", "where"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), "Tried to allocate"),
+        (RuntimeError("CUDA error: out of memory\nCompile with"), "CUDA error: out of memory"),
+        (MemoryError("Unable to allocate 9 GiB"), "of the host: Unable to allocate 9 GiB"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), "of the host: "),
+    ],
+)
+def test_out_of_memory_while_the_model_is_loaded(tmp_path, error, where):
+    arguments = TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    with pytest.raises(ProcessError, match=f"out of memory while loading the model .*{where}"):  # noqa: SIM117
+        with explained(None, arguments):
+            raise error
+    with pytest.raises(OSError, match="No space"), explained(None, arguments):
+        raise OSError(errno.ENOSPC, "No space left")
+
+
 def test_remedies_are_those_that_are_left():
     settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "gradient_checkpointing": True}
     settings |= {"use_lora": True, "tune_vision": False, "tune_embed_tokens": True, "model_max_length": 900}
@@ -157,6 +184,20 @@ def signal_worker(at: int, number: int):
 def test_death_of_a_loader_process_is_reported(tmp_path):
     trainer = trainer_of(tmp_path, Items(spoil=signal_worker(4, signal.SIGKILL)), dataloader_num_workers=1)
     with pytest.raises(ProcessError, match=r"a loader process died.*--dataloader_num_workers \(it is 1"):
+        trainer.train()
+
+
+def test_death_of_a_loader_process_that_breaks_off_what_it_sends_is_reported(tmp_path):
+    """The broken pipe is met first, word of the death comes a moment later."""
+    trainer = trainer_of(tmp_path, dataloader_num_workers=1)
+
+    def loss(*_args, **_kwargs):
+        (worker,) = multiprocessing.active_children()
+        threading.Timer(0.2, worker.kill).start()
+        raise ConnectionResetError("Connection reset by peer")
+
+    trainer.compute_loss_func = loss
+    with pytest.raises(ProcessError, match="a loader process died"):
         trainer.train()
 
 
