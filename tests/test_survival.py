@@ -173,6 +173,21 @@ def test_stopped_and_gone_on(layout, number, everyone, unbroken, tiny, data_file
 
 
 @pytest.mark.slow
+def test_a_run_under_nohup_outlives_its_terminal(tiny, data_file, tmp_path):
+    """`nohup` is a shell's word for: SIGHUP is ignored."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = start("plain", tmp_path, tiny, data_file, "--save_steps", 100)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    lines = watch(process)
+    wait_until(lambda: any("'loss'" in line for line in lines), process)
+    os.killpg(process.pid, signal.SIGHUP)
+    assert process.wait(timeout=240) == 0, "".join(lines)[-6000:]
+    assert len(losses(tmp_path)) == STEPS
+
+
+@pytest.mark.slow
 def test_newest_checkpoint_with_a_fault_is_passed_over(unbroken, tiny, data_file, tmp_path):
     """One that lacks a file, and one that is cut off: the run goes on from the third."""
     folder = tmp_path / "out"
