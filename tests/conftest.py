@@ -24,8 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 # DeepSpeed compiles a small extension on first use on CPUs. In a folder of its own, the lock of a build that somebody
 # killed elsewhere cannot hold up the tests.
-EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions")
-os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # whose processes inherit the folder
+    EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions")
+    os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
 from finetune.minicpmv.tiny import MODELS, write_checkpoint  # noqa: E402
 from finetune.minicpmv.vision import to_strip  # noqa: E402

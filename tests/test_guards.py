@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -211,8 +212,9 @@ class SignalAt(TrainerCallback):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, number, capfd):
-    before = signal.getsignal(number)
+def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, number, capfd, request):
+    before = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+    request.addfinalizer(partial(signal.signal, number, signal.signal(number, before)))  # in a background it is ignored
     trainer = trainer_of(tmp_path, callbacks=[SignalAt(3, number)], eval_strategy="no")
     trainer.train()
     assert trainer.guard.signal == number and trainer.state.global_step == 3

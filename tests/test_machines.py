@@ -103,7 +103,7 @@ def test_nodes_resume_the_newest_checkpoint_that_all_have(steps, agreed, tmp_pat
         for step in of_node:
             (tmp_path / str(rank) / f"checkpoint-{step}").mkdir(parents=True)
             (tmp_path / str(rank) / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
-    found = processes(lambda rank: newest_everywhere(tmp_path / str(rank)), tmp_path / "store", 2)
+    found = processes(lambda rank: newest_everywhere(tmp_path / str(rank), writes=True), tmp_path / "store", 2)
     if agreed == "UserError":
         assert all("no complete checkpoint in common" in text and "process 0: [2]" in text for text in found)
     else:
