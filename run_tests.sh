@@ -6,4 +6,5 @@ cd "$(dirname "$0")"
 .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
 . .venv/bin/activate
 ruff check .
-HF_HUB_OFFLINE=1 python -m pytest -m "not slow and not gpu" "$@"
+HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+  -m "not slow and not gpu" "$@"

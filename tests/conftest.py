@@ -37,6 +37,11 @@ LLM_TYPES = tuple(GOLDEN)
 PATIENCE = 600  # seconds; two launchers at a time are slow where there are two cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The module that takes longest first, since two processes share the modules."""
+    items.sort(key=lambda item: item.path.name != "test_runs.py")
+
+
 def golden_batch(llm_type: str) -> dict:
     """`data` for the model, from `batch.safetensors`; also `labels`."""
     stored = load_file(GOLDEN[llm_type] / "batch.safetensors")
