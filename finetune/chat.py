@@ -121,8 +121,10 @@ class Asker:
             write: gets the answer in pieces, as they are made where the model `streams`.
 
         Raises:
-            ValueError: see `MiniCPMV.chat`.
+            ValueError: see `MiniCPMV.chat`; on text that is no Unicode.
         """
+        if not is_text(messages[-1]["content"]):
+            raise ValueError("the question has bytes that are no UTF-8 text")
         start = time.perf_counter()
         said: list[str] = []
         token_ids: Sequence[int] = []
@@ -186,6 +188,11 @@ class Conversation:
         [(_, parts)] = place_pictures([{"role": "user", "content": text}], self.waiting)
         marked = "".join(part if isinstance(part, str) else IMAGE_MARK for part in parts)
         return marked, [part for part in parts if not isinstance(part, str)]
+
+
+def is_text(text: str) -> bool:
+    """Whether this is Unicode. Bytes of stdin or of a flag that are not have become lone surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def open_picture(path: str) -> Image.Image:
@@ -484,6 +491,9 @@ def flag_problems(arguments: argparse.Namespace) -> list[str]:
         problems.append(f"--seed {arguments.seed}: expected 0 or more")
     if arguments.question is not None and not arguments.question.strip():
         problems.append("--question is empty; leave it out for a conversation")
+    for flag in ("question", "system_prompt"):
+        if not is_text(getattr(arguments, flag) or ""):
+            problems.append(f"--{flag} has bytes that are no UTF-8 text")
     if arguments.json and arguments.question is None and arguments.image:
         problems.append("--image with --json but without --question: each line from stdin names its own pictures")
     if arguments.question is None and sys.stdin is None:
@@ -637,9 +647,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     # The penalty counts the tokens of the answer alone, as in the original; transformers says so with every answer.
     warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
     arguments = build_parser().parse_args(argv)
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):  # bytes that are no text, and text that a terminal cannot show
-            stream.reconfigure(errors="replace")
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
+        if hasattr(stream, "reconfigure"):  # bytes that are no text are seen; a terminal without a character shows ?
+            stream.reconfigure(errors=errors)
     try:
         status = run(arguments)
     except (ValueError, torch.OutOfMemoryError) as error:

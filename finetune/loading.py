@@ -168,7 +168,8 @@ def load_extra_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
     """Read `vpm_resampler_embedtokens.pt` of an adapter folder into a PEFT model; nothing to do for other models.
 
     Raises:
-        ValueError: when the file is missing or holds tensors that the model does not have.
+        ValueError: when the file is missing or holds tensors that the model does not have, or that accelerate keeps
+            outside the memory of the device.
     """
     if not isinstance(model, PeftModel):
         return
@@ -178,6 +179,11 @@ def load_extra_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
     if unexpected:
         raise ValueError(
             f"{EXTRA_WEIGHTS_NAME} in {folder} holds tensors that this model does not have: {', '.join(unexpected[:5])}"
+        )
+    if outside := [name for name in tensors if parameters[name].is_meta]:
+        raise ValueError(
+            f"{EXTRA_WEIGHTS_NAME} in {folder} cannot be loaded: {len(outside)} parameters of the model ({outside[0]} "
+            "...) are outside the memory of the device, where nothing can be written; load on the CPU"
         )
     for name, tensor in tensors.items():
         with _whole(parameters[name]) as writes, torch.no_grad():
