@@ -82,6 +82,8 @@ def train(argv: list[str] | None = None) -> None:
     _stop_on(problems, "The tokenizer cannot be used:")
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
+    if lora_args.lora_weight_path:
+        _compare_slicing(config, lora_args.lora_weight_path)
     checkpoint = checkpoint_to_resume(args)
     _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
@@ -134,6 +136,16 @@ def train(argv: list[str] | None = None) -> None:
         record = Path(args.output_dir, BAD_SAMPLES_NAME)
         logger.info("%d bad samples were left out, see %s", sum(left_out.values()), record)
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
+
+
+def _compare_slicing(config: MiniCPMVConfig, adapter: str) -> None:
+    slicing = resolved_settings(adapter).get("slicing", config.slicing)
+    most = slicing["max_slice_nums"]
+    if most != config.slicing["max_slice_nums"]:
+        logger.warning(
+            "--lora_weight_path %s was trained with --max_slice_nums %d, this run takes %d",
+            *(adapter, most, config.slicing["max_slice_nums"]),
+        )
 
 
 def _stop(trainer: CPMTrainer) -> None:

@@ -28,8 +28,12 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # whose processes inherit the folde
     EXTENSIONS = tempfile.TemporaryDirectory(prefix="torch_extensions")
     os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
+from finetune import finetune  # noqa: E402
+from finetune.loading import EXTRA_WEIGHTS_NAME, load_tokenizer  # noqa: E402
 from finetune.minicpmv.tiny import MODELS, write_checkpoint  # noqa: E402
 from finetune.minicpmv.vision import to_strip  # noqa: E402
+from finetune.reporting import settings_record, write_settings  # noqa: E402
+from finetune.trainer import extra_trained_tensors  # noqa: E402
 
 GOLDEN = {"llama3": TESTS / "golden" / "minicpm_llama3_v2_5", "minicpm": TESTS / "golden" / "minicpm_v2"}
 GOLDEN_DATA = TESTS / "golden" / "data"
@@ -132,6 +136,26 @@ def losses(folder: Path) -> list[float]:
     """Training losses of a run, one for each logged step."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry["loss"] for entry in history if "loss" in entry]
+
+
+def write_adapter(base: Path, folder: Path, *flags: object, seed: int = 0) -> Path:
+    """An adapter folder as a LoRA run with these flags leaves it; what it would have trained is changed at random."""
+    arguments = ["--model_name_or_path", base, "--output_dir", folder, "--use_lora", "true", "--report_to", "none"]
+    model_args, _, args, lora_args = finetune.parse_arguments([*map(str, arguments), *map(str, flags)])
+    config = finetune.load_config(str(base))
+    if args.max_slice_nums is not None:
+        config.set_max_slice_nums(args.max_slice_nums)
+    model = finetune.load_model(model_args, args, lora_args, config)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += torch.randn_like(parameter) * (0.1 * parameter.std(correction=0) + 0.02)
+    model.save_pretrained(folder)
+    torch.save(extra_trained_tensors(model), folder / EXTRA_WEIGHTS_NAME)
+    load_tokenizer(base).save_pretrained(folder)
+    write_settings(settings_record({}, {"slicing": config.slicing, "dtype": "float32"}), folder)
+    return folder
 
 
 def same_tensors(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> list[str]:
