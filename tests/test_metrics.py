@@ -24,7 +24,9 @@ from finetune.metrics import (
     token_f1,
 )
 
-WORDS = st.lists(st.sampled_from("the a An cake, Cakes; on 'white plate. it's don't B!".split()), max_size=8).map(" ".join)
+WORDS = st.lists(st.sampled_from("the a An cake, Cakes; on 'white plate. it's don't B!".split()), max_size=8).map(
+    " ".join
+)
 TEXTS = st.one_of(WORDS, st.text(max_size=20), st.text("图中有红色。 aA3.,-", max_size=12))
 
 

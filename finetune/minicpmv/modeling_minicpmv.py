@@ -317,6 +317,10 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         inputs_embeds, _ = self.get_vllm_embedding(data)
         return self.llm.generate(inputs_embeds=inputs_embeds, attention_mask=mask.long(), **kwargs)
 
+    def stop_token_ids(self, tokenizer) -> list[int]:
+        """Tokens that end an answer."""
+        return [tokenizer.eos_token_id, *([tokenizer.eot_id] if self.config.llm_type == "llama3" else [])]
+
     def chat(
         self,
         image,
@@ -386,13 +390,10 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             if sampling
             else {"num_beams": 3, "repetition_penalty": 1.2, "do_sample": False}
         )
-        stops = [tokenizer.eos_token_id]
-        if self.config.llm_type == "llama3":
-            stops.append(tokenizer.eot_id)
         settings = {
             **defaults,
             "max_new_tokens": max_new_tokens,
-            "eos_token_id": stops,
+            "eos_token_id": self.stop_token_ids(tokenizer),
             "pad_token_id": tokenizer.eos_token_id,
             **kwargs,
         }
