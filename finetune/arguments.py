@@ -9,14 +9,24 @@ import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import transformers
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 from transformers.utils import is_liger_kernel_available
 
-from finetune.checkpoints import fault, newest_complete, newest_everywhere
-from finetune.loading import EXTRA_WEIGHTS_NAME, weights_with_code
+from finetune.checkpoints import checkpoint_steps, fault, newest_complete, newest_everywhere
+from finetune.errors import UserError
+from finetune.loading import (
+    ADAPTER_CONFIG_NAME,
+    EXTRA_WEIGHTS_NAME,
+    SETTINGS_NAME,
+    base_of_adapter,
+    is_hub_name,
+    resolved_settings,
+    weights_with_code,
+)
 from finetune.metrics import METRICS
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 from finetune.zero import without_communication
@@ -333,21 +343,98 @@ def _deepspeed_problem(path: str) -> str | None:
     return None
 
 
-def load_config(path: str, cache_dir: str | None = None) -> MiniCPMVConfig | str:
-    """The configuration of the checkpoint `path` (a folder, or its name on the hub), or, in one sentence, why there is
-    none."""
-    if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        return f"--model_name_or_path {path}: there is no such folder, and it is no hub name (owner/name)"
+def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_name_or_path") -> MiniCPMVConfig | str:
+    """The configuration of the checkpoint `path` (a folder, or its name on the hub), or, in one sentence that begins
+    with the flag, why there is none."""
+    if not Path(path).is_dir() and not is_hub_name(path):
+        return f"{flag} {path}: there is no such folder, and it is no hub name (owner/name)"
     try:
         # Looked at before anything is made of it: of another kind, it may ask for code of its own to be run.
         kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
         if kind != MiniCPMVConfig.model_type:
-            return f"--model_name_or_path {path}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
+            return f"{flag} {path}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         _ = config.llm_type
     except (OSError, ValueError) as error:
-        return f"--model_name_or_path {path}: {error}"
+        return f"{flag} {path}: {error}"
     return config
+
+
+class FoundModel(NamedTuple):
+    """What a user named as a model."""
+
+    kind: str
+    """"base checkpoint", "full checkpoint" (written by this toolkit) or "adapter" """
+    path: str
+    """folder, or name on the hub"""
+    base: str
+    """of an adapter, the folder or hub name of its base model; else the same as `path`"""
+    config: MiniCPMVConfig
+    """with the slices that the model was trained with"""
+    trained_in: str | None
+    """dtype of the training computation, where training settings say it: float32, bfloat16 or float16"""
+
+
+def find_model(path: str, base: str | None = None, cache_dir: str | None = None, flag: str = "--model") -> FoundModel:
+    """Find out what a folder or hub name is, from its small files alone.
+
+    Args:
+        base: of an adapter, in place of what its `adapter_config.json` says.
+        flag: of the command line, for the message.
+
+    Raises:
+        UserError: saying what is there in place of a model.
+    """
+    named = f"{flag} {path}"
+    folder = Path(path).expanduser()
+    if folder.is_file():
+        raise UserError(f"{named}: is a file; name the folder of the model")
+    if not folder.is_dir() and is_hub_name(path) and folder.parent.is_dir():
+        raise UserError(
+            f"{named}: there is no such folder (nor is it taken for a hub name, since {folder.parent} is a folder here)"
+        )
+    if folder.is_dir():
+        path = str(folder)
+        if (folder / ADAPTER_CONFIG_NAME).is_file():
+            return _found_adapter(path, base, cache_dir, flag)
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{named}: {_in_place_of_a_model(path)}")
+    if base is not None:
+        raise UserError(f"--base {base}: {named} is no adapter, it has all weights itself; leave --base out")
+    config = load_config(path, cache_dir, flag)
+    if isinstance(config, str):
+        raise UserError(config)
+    trained = (folder / SETTINGS_NAME).is_file()
+    dtype = resolved_settings(folder).get("dtype") if trained else None
+    return FoundModel("full checkpoint" if trained else "base checkpoint", path, path, config, dtype)
+
+
+def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str) -> FoundModel:
+    weights = [Path(path, name) for name in ("adapter_model.safetensors", "adapter_model.bin")]
+    problems = [] if any(file.is_file() for file in weights) else [f"holds no {weights[0].name}"]
+    if not Path(path, EXTRA_WEIGHTS_NAME).is_file():
+        problems.append(f"holds no {EXTRA_WEIGHTS_NAME}, the other trained weights")
+    if problems:
+        raise UserError("\n".join(f"{flag} {path}: {problem}" for problem in problems))
+    try:
+        config = load_config(base or base_of_adapter(path), cache_dir, "--base" if base else f"{flag} {path}: its base")
+        settings = resolved_settings(path)
+    except ValueError as error:
+        raise UserError(f"{flag} {error}") from error
+    if isinstance(config, str):
+        raise UserError(config)
+    if settings:
+        config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
+    return FoundModel("adapter", path, base or base_of_adapter(path), config, settings.get("dtype"))
+
+
+def _in_place_of_a_model(folder: str) -> str:
+    if checkpoint_steps(folder):
+        newest = newest_complete(folder)
+        if newest is None:
+            return "holds no model, but checkpoints, none of which is complete"
+        return f"holds no model, but checkpoints; name one of them, the newest is {newest}"
+    return f"holds no model: neither config.json (a checkpoint) nor {ADAPTER_CONFIG_NAME} (an adapter)"
 
 
 def check_arguments(
@@ -487,7 +574,7 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
         problems.append(f"--lora_r {lora.lora_r}: expected 1 or more")
     if lora.lora_bias not in ("none", "all", "lora_only"):
         problems.append(f"--lora_bias {lora.lora_bias}: expected none, all or lora_only")
-    for file in ("adapter_config.json", EXTRA_WEIGHTS_NAME) if lora.lora_weight_path else ():
+    for file in (ADAPTER_CONFIG_NAME, EXTRA_WEIGHTS_NAME) if lora.lora_weight_path else ():
         if not Path(lora.lora_weight_path, file).is_file():
             problems.append(f"--lora_weight_path {lora.lora_weight_path}: holds no {file}")
     problems += weights_with_code(lora.lora_weight_path) if lora.lora_weight_path else []

@@ -23,6 +23,7 @@ from finetune.dataset import SupervisedDataset
 from finetune.errors import UserError, over_processes
 from finetune.guards import let_workers_live
 from finetune.metrics import Scores, mean_scores, score
+from finetune.minicpmv.streaming import answer_text
 
 # Said in full, so that nothing in a checkpoint's generation_config.json gets into it.
 GREEDY = {
@@ -160,15 +161,9 @@ def generate_answers(
     """
     tokenizer = dataset.tokenizer
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    stops = base.stop_token_ids(tokenizer)
+    settings = base.chat_settings(tokenizer, **{**GREEDY, "use_cache": True, **settings})
+    stops = torch.tensor(settings["eos_token_id"])
     device = base.get_input_embeddings().weight.device
-    settings = {
-        **GREEDY,
-        "use_cache": True,
-        "eos_token_id": stops,
-        "pad_token_id": tokenizer.eos_token_id,
-        **settings,
-    }
     loader = DataLoader(
         _Prompts(dataset, questions),
         batch_sampler=batches,
@@ -185,8 +180,8 @@ def generate_answers(
                 for name, value in data.items()
             }
             said = base.generate(data=data, **settings).cpu()
-            cut = ~torch.isin(said, torch.tensor(stops)).any(dim=1)
-            texts = [tokenizer.decode(row, skip_special_tokens=True).strip() for row in said]
+            cut = ~torch.isin(said, stops).any(dim=1)
+            texts = [answer_text(row, tokenizer) for row in said]
             yield dict(zip(places, map(Answer, texts, cut.tolist()), strict=True))
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
@@ -26,35 +27,112 @@ from transformers.utils.loading_report import LoadStateDictInfo
 from finetune.minicpmv import MiniCPMV, MiniCPMVTokenizer, MiniCPMVTokenizerFast  # which also registers the models
 from finetune.safe_files import code_in
 
+ADAPTER_CONFIG_NAME = "adapter_config.json"
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
 MIB = 2**20
 
 
-def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, object]:
+def load_finetuned(
+    folder: str | os.PathLike, base: str | os.PathLike | None = None, **kwargs
+) -> tuple[nn.Module, object]:
     """Model in evaluation mode and tokenizer, from an adapter folder or a complete checkpoint.
 
     No code that lies in the folder, or in the base of an adapter, is executed.
 
     Args:
+        base: base model of an adapter, where it is not (any more) in the place that `adapter_config.json` names.
         kwargs: for `from_pretrained`, such as `dtype` or `device_map` (default: "auto").
 
     Raises:
         ValueError: when an adapter folder lacks `vpm_resampler_embedtokens.pt`, or it does not fit the base model; when
-            a file could not be loaded without executing what lies in it.
+            the base model is missing, or tensors of it are; when the model does not fit into the memory of the GPUs;
+            when a file could not be loaded without executing what lies in it.
     """
-    if problems := weights_with_code(folder):
+    is_adapter = Path(folder, ADAPTER_CONFIG_NAME).is_file()
+    checkpoint = (base or base_of_adapter(folder)) if is_adapter else folder
+    if problems := [p for place in dict.fromkeys([folder, checkpoint]) for p in weights_with_code(place)]:
         raise ValueError("\n".join(problems))
-    kwargs = {"device_map": "auto", **kwargs, "trust_remote_code": False}
-    if Path(folder, "adapter_config.json").is_file():
-        model = AutoPeftModelForCausalLM.from_pretrained(folder, **kwargs)
+    model = load_checkpoint(checkpoint, **kwargs)
+    if is_adapter:
+        model = load_lora(model, folder)
         load_extra_tensors(model, folder)
         settings = resolved_settings(folder)
         if settings:  # the base's config knows nothing of how many slices the adapter was trained with
             model.get_base_model().config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
-    else:
-        model = AutoModel.from_pretrained(folder, **kwargs)
-    return model.eval(), load_tokenizer(folder)
+    return model.eval(), load_tokenizer(folder, kwargs.get("cache_dir"))
+
+
+def load_checkpoint(path: str | os.PathLike, **kwargs) -> MiniCPMV:
+    """The model of a checkpoint (a folder, or its name on the hub), all of it; arguments as in `load_finetuned`.
+
+    Raises:
+        ValueError: when tensors are missing, which transformers would make up, or the GPUs' memory is too small.
+    """
+    kwargs = {"device_map": "auto", **kwargs, "trust_remote_code": False}
+    model, found = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"{path}: {len(missing)} tensors of the model are missing in its weight files: {', '.join(missing[:5])}"
+        )
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            f"{path}: does not fit into the memory of the GPU(s), and a model that is partly outside cannot be used; "
+            "load it in half precision (dtype), or on the CPU (device)"
+        )
+    return model
+
+
+def base_of_adapter(folder: str | os.PathLike) -> str:
+    """Folder of the base model of an adapter, or its name on the hub, as `adapter_config.json` has it.
+
+    Raises:
+        ValueError: when the file is damaged or of another kind, or there is no such folder.
+    """
+    path = Path(folder, ADAPTER_CONFIG_NAME)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is no adapter configuration: {error}") from error
+    if kind != "LORA" or not isinstance(base, str):
+        raise ValueError(f"{path}: expected peft_type LORA and base_model_name_or_path, found {kind} and {base!r}")
+    if not Path(base).is_dir() and not is_hub_name(base):
+        raise ValueError(
+            f"{folder}: is an adapter for the base model {base}, where there is no folder (any more); say where the "
+            "base model is now (--base DIR, or base= in Python)"
+        )
+    return base
+
+
+def is_hub_name(path: str) -> bool:
+    """Whether this can be a name on the hub: owner/name."""
+    return re.fullmatch(r"[^./~\\][^/\\]*/[^/\\]+", path) is not None
+
+
+def load_lora(model: MiniCPMV | PeftModel, folder: str | os.PathLike, name: str = "default") -> PeftModel:
+    """Put the LoRA matrices of an adapter folder into a model, frozen and in evaluation mode, under a name.
+
+    Not by `PeftModel.from_pretrained`, which says nothing of matrices that the model has no place for.
+
+    Raises:
+        ValueError: when they are not those that the model needs, in name or shape.
+    """
+    config = PeftConfig.from_pretrained(folder)
+    config.inference_mode = True
+    try:
+        if not isinstance(model, PeftModel):
+            model = PeftModelForCausalLM(model, config, name)
+        found = model.load_adapter(folder, name, torch_device="cpu")  # from there to where each layer is
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()
+        raise ValueError(f"{folder}: the adapter does not fit its base model: {' '.join(reason[:3])}") from error
+    if strange := [*found.missing_keys, *found.unexpected_keys]:
+        raise ValueError(
+            f"{folder}: the adapter does not fit its base model: {len(strange)} LoRA tensors are missing, or the model "
+            f"has no place for them: {', '.join(strange[:5])}"
+        )
+    return model
 
 
 def load_tokenizer(path: str | os.PathLike, cache_dir: str | None = None):

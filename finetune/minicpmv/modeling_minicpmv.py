@@ -9,12 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from threading import Thread
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel, TextIteratorStreamer
+from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -24,7 +23,12 @@ from .image_slicing import normalise, upright_rgb
 from .language import LMHead, language_model, rotary_tables
 from .packing import Packing
 from .resampler import Resampler
+from .streaming import AnswerStream, answer_text
 from .vision import StripVisionTransformer, TimmVisionTower, patch_grid, to_patches
+
+# The original chat's, with `sampling` and without.
+SAMPLING = {"do_sample": True, "top_p": 0.8, "top_k": 100, "temperature": 0.7, "repetition_penalty": 1.05}
+BEAM_SEARCH = {"do_sample": False, "num_beams": 3, "repetition_penalty": 1.2}
 
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
@@ -317,10 +321,6 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         inputs_embeds, _ = self.get_vllm_embedding(data)
         return self.llm.generate(inputs_embeds=inputs_embeds, attention_mask=mask.long(), **kwargs)
 
-    def stop_token_ids(self, tokenizer) -> list[int]:
-        """Tokens that end an answer."""
-        return [tokenizer.eos_token_id, *([tokenizer.eot_id] if self.config.llm_type == "llama3" else [])]
-
     def chat(
         self,
         image,
@@ -345,7 +345,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             sampling: top-p sampling with the original's settings; False: beam search with 3 beams.
             max_inp_length: longest prompt, in tokens.
             max_slice_nums: most slices of a picture; None: the checkpoint's setting.
-            stream: return an iterator over pieces of text as they are made.
+            stream: return an iterator over pieces of text as they are made (greedy, where `sampling` is False). What
+                the generation raises, the iterator raises; its `close()` stops the generation.
             kwargs: generation arguments, winning over the defaults.
 
         Returns:
@@ -354,6 +355,22 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: on an empty conversation, roles out of order, or a prompt over `max_inp_length`.
         """
+        inputs = self.chat_inputs(image, msgs, tokenizer, system_prompt, max_inp_length, max_slice_nums)
+        settings = self.chat_settings(tokenizer, sampling, max_new_tokens=max_new_tokens, **kwargs)
+        if stream:
+            return self.stream_answer(inputs, tokenizer, **settings)
+        return answer_text(self.generate(inputs, **settings)[0], tokenizer)
+
+    def chat_inputs(
+        self,
+        image,
+        msgs: str | list[dict],
+        tokenizer,
+        system_prompt: str = "",
+        max_inp_length: int = 2048,
+        max_slice_nums: int | None = None,
+    ) -> dict:
+        """What `chat` gives to `generate`: `data` as in `forward`, `input_ids` (1, L). Arguments, errors as there."""
         msgs = [dict(message) for message in (json.loads(msgs) if isinstance(msgs, str) else msgs)]
         if system_prompt:
             msgs.insert(0, {"role": "system", "content": system_prompt})
@@ -385,40 +402,32 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
                 f"the prompt has {len(sample['input_ids'])} tokens, more than max_inp_length={max_inp_length}; "
                 "raise it, shorten the conversation or lower max_slice_nums"
             )
-        defaults = (
-            {"do_sample": True, "top_p": 0.8, "top_k": 100, "temperature": 0.7, "repetition_penalty": 1.05}
-            if sampling
-            else {"num_beams": 3, "repetition_penalty": 1.2, "do_sample": False}
-        )
-        settings = {
-            **defaults,
-            "max_new_tokens": max_new_tokens,
-            "eos_token_id": self.stop_token_ids(tokenizer),
-            "pad_token_id": tokenizer.eos_token_id,
-            **kwargs,
-        }
-        inputs = {
+        return {
             "input_ids": sample["input_ids"][None].to(self.get_input_embeddings().weight.device),
             "pixel_values": [sample["pixel_values"]],
             "tgt_sizes": [sample["tgt_sizes"]],
             "image_bound": [sample["image_bound"]],
         }
-        if not stream:
-            answer = self.generate(inputs, **settings)[0]
-            return tokenizer.decode(answer, skip_special_tokens=True).strip()
-        streamer = TextIteratorStreamer(tokenizer, skip_special_tokens=True)
-        # Beam search cannot stream.
-        settings.update(streamer=streamer, num_beams=1)
 
-        def run() -> None:
-            try:
-                self.generate(inputs, **settings)
-            except BaseException:
-                streamer.end()  # or the reader waits for ever
-                raise
+    def chat_settings(self, tokenizer, sampling: bool = True, **kwargs) -> dict:
+        """The generation arguments of `chat`; those in `kwargs` win over its defaults."""
+        stops = [tokenizer.eos_token_id]
+        if self.config.llm_type == "llama3":
+            stops.append(tokenizer.eot_id)
+        ends = {"eos_token_id": stops, "pad_token_id": tokenizer.eos_token_id}
+        return {**(SAMPLING if sampling else BEAM_SEARCH), **ends, **kwargs}
 
-        Thread(target=run, daemon=True).start()
-        return iter(streamer)
+    def stream_answer(
+        self, inputs: Mapping, tokenizer, *, stopping_criteria: Sequence = (), **settings
+    ) -> AnswerStream:
+        """Generate one answer in a thread; its pieces can be read as they are made.
+
+        Args:
+            inputs: of one prompt, as for `generate`.
+            settings: generation arguments. Beams, which cannot be streamed, are not used.
+        """
+        settings = {**settings, "num_beams": 1}
+        return AnswerStream(lambda **own: self.generate(inputs, **settings, **own), tokenizer, stopping_criteria)
 
     @property
     def model(self) -> nn.Module:
