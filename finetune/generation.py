@@ -14,6 +14,7 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -160,7 +161,7 @@ def generate_answers(
         settings: generation arguments of transformers that win over greedy search, `max_new_tokens` among them.
     """
     tokenizer = dataset.tokenizer
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
     settings = base.chat_settings(tokenizer, **{**GREEDY, "use_cache": True, **settings})
     stops = torch.tensor(settings["eos_token_id"])
     device = base.get_input_embeddings().weight.device
