@@ -260,21 +260,30 @@ def _answer(
     return records
 
 
+def on_gpu(arguments: argparse.Namespace) -> bool:
+    """Whether models are put on GPUs."""
+    return arguments.device != "cpu" and torch.cuda.is_available()
+
+
+def chosen_dtype(task: Task, arguments: argparse.Namespace) -> str:
+    """Name of the dtype to load a model in."""
+    if arguments.dtype != "auto":
+        return arguments.dtype
+    bf16, fp16 = found_precision(use_cpu=not on_gpu(arguments))
+    if bf16 and task.found.trained_in:
+        return task.found.trained_in
+    return "bfloat16" if bf16 else "float16" if fp16 else "float32"
+
+
 def load_model(task: Task, arguments: argparse.Namespace) -> torch.nn.Module:
     """The model of a task on the device that the call asks for.
 
     Raises:
         ProcessError: when it cannot be loaded.
     """
-    on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
-    name = arguments.dtype
-    if name == "auto":
-        bf16, fp16 = found_precision(not on_gpu)
-        found = "bfloat16" if bf16 else "float16" if fp16 else "float32"
-        # of a GPU that does not know it, bfloat16 would be slow
-        name = task.found.trained_in if on_gpu and task.found.trained_in and bf16 else found
+    name = chosen_dtype(task, arguments)
     device_map: object = None
-    if on_gpu:
+    if on_gpu(arguments):
         device_map = "auto" if processes() == 1 and arguments.device == "auto" else {"": PartialState().device}
     if is_main():
         logger.info("loading %s (%s) in %s", task.found.path, task.found.kind, name)
@@ -398,7 +407,8 @@ def summarise(
         **generation_settings(arguments),
         **{name: getattr(arguments, name) for name in ("max_inp_length", "batch_size", "limit", "seed", "bad_samples")},
         "max_slice_nums": task.found.config.slicing["max_slice_nums"],
-        "dtype": arguments.dtype,
+        "dtype": chosen_dtype(task, arguments),
+        "device": torch.cuda.get_device_name() if on_gpu(arguments) else "cpu",
         "processes": processes(),
     }
     summary = {
@@ -578,7 +588,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         UserError: when it cannot be done.
     """
     if "LOCAL_RANK" in os.environ:
-        PartialState(cpu=arguments.device == "cpu" or not torch.cuda.is_available())
+        PartialState(cpu=not on_gpu(arguments))
     wrong = check_arguments(arguments)
     samples, limited, tasks, earlier = None, "", [], None
     try:

@@ -16,6 +16,7 @@ from finetune.page import data_uri, shown_text, tiles, write_page
 
 THUMBNAIL = (360, 300)  # pixels
 MAX_PICTURES = 4  # of an answer
+NAMES = dict(zip(METRICS, ("exact match", "ANLS", "ROUGE-L", "token F1"), strict=True))
 FILTERS = {"all": "all", "wrong": "wrong", "right": "right"}
 CHANGES = {"better": "better than before", "worse": "worse than before"}
 ORDERS = {"data": "as in the data", "low": "lowest score first", "high": "highest score first"}
@@ -83,7 +84,7 @@ def _head(summary: Mapping) -> str:
     if summary["cut_answers"]:
         limit = summary["settings"]["max_new_tokens"]
         warnings += f'<p class="bad">Answers cut off at --max_new_tokens {limit}: {summary["cut_answers"]:,}</p>'
-    numbers = [(name.replace("_", " "), f"{summary['metrics'][name]:.3f}", "") for name in METRICS]
+    numbers = [(NAMES[name], f"{summary['metrics'][name]:.3f}", "") for name in METRICS]
     return (
         f"<header><h1>Right and wrong answers</h1><p>{' · '.join(facts)}</p>"
         f'<ul class="files">{files}</ul></header>{tiles(numbers)}{warnings}'
@@ -105,7 +106,7 @@ def _table(summary: Mapping) -> str:
             f"{change['better']:,}",
             f"{change['worse']:,}",
         ]
-        rows.append(f"<tr><th>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
+        rows.append(f"<tr><th>{NAMES[name]}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     names = ("", "before", "after", "difference", "95 % interval", "answers better", "worse")
     head = "".join(f"<th>{name}</th>" for name in names)
     return f'<section class="panel"><table><tr>{head}</tr>{"".join(rows)}</table></section>'
@@ -150,7 +151,7 @@ def _card(number: int, record: Mapping, rank: int, count: int, pictures: Sequenc
         f'<dt>{title}</dt><dd class="{kind}">{shown_text(text) or "<i>nothing</i>"}</dd>'
         for title, text, kind in [("question", record["question"], ""), *answers]
     )
-    facts = "".join(f"<span>{metric.replace('_', ' ')} <b>{record[metric]:.2f}</b></span>" for metric in METRICS)
+    facts = "".join(f"<span>{NAMES[metric]} <b>{record[metric]:.2f}</b></span>" for metric in METRICS)
     shown = "".join(map(_thumbnail, pictures[:MAX_PICTURES]))
     if len(pictures) > MAX_PICTURES:
         shown += f"<p>and {len(pictures) - MAX_PICTURES} more pictures</p>"
