@@ -163,6 +163,18 @@ def test_a_batch_changes_no_answer(loaded, llm_type):
         assert alone[place].text == said
 
 
+def test_pictures_of_a_batch_are_encoded_each_sample_alone(loaded, llm_type):
+    """Which the answers of a random model hardly show: 2.5's features depend on the longest slice encoded with them."""
+    model, dataset = loaded(llm_type)
+    items = [dataset.prompt(question.index, question.turn) for question in find_questions(dataset)[0]]
+    with torch.inference_mode():
+        batch = prompt_collator(items, 0)
+        embeds, _ = model.get_vllm_embedding(batch)
+        for row, item in enumerate(items):
+            alone, _ = model.get_vllm_embedding(prompt_collator([item], 0))
+            torch.testing.assert_close(embeds[row][batch["attention_mask"][row]], alone[0], atol=1e-5, rtol=0)
+
+
 def test_answers_that_are_cut_off(loaded, llm_type, monkeypatch):
     model, dataset = loaded(llm_type)
     stop = model.chat_settings(dataset.tokenizer)["eos_token_id"][-1]
