@@ -27,6 +27,7 @@ from finetune.loading import (
     resolved_settings,
     weights_with_code,
 )
+from finetune.metrics import METRICS
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 from finetune.zero import without_communication
 
@@ -138,6 +139,20 @@ class TrainingArguments(transformers.TrainingArguments):
     llm_checkpointing: bool | None = field(
         default=None,
         metadata={"help": "The same for the language model. None: as --gradient_checkpointing."},
+    )
+    predict_with_generate: bool = field(
+        default=False,
+        metadata={
+            "help": "At each evaluation also answer questions of the evaluation data, and log exact_match, anls, "
+            "rouge_l, token_f1 and some answers."
+        },
+    )
+    predict_samples: int = field(
+        default=64,
+        metadata={"help": "With --predict_with_generate: samples to answer, evenly spread over the evaluation data."},
+    )
+    predict_max_new_tokens: int = field(
+        default=128, metadata={"help": "With --predict_with_generate: longest answer in tokens; the rest is cut off."}
     )
     max_bad_steps: int = field(
         default=3, metadata={"help": "Stop after so many steps in a row whose loss is infinite or no number."}
@@ -462,6 +477,7 @@ def check_arguments(
     problems += weights_with_code(model.model_name_or_path)
     if training.eval_strategy != "no" and not data.eval_data_path:
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
+    problems += _prediction_problems(training, data)
     if training.remove_unused_columns:
         problems.append("--remove_unused_columns true would empty every batch; leave it false")
     if training.label_smoothing_factor:
@@ -493,6 +509,25 @@ def check_arguments(
             f"--resume_from_checkpoint {resume}: is no complete checkpoint ({why}); name one (OUTPUT_DIR/checkpoint-N) "
             "or say true for the newest in --output_dir"
         )
+    return problems
+
+
+def _prediction_problems(training: TrainingArguments, data: DataArguments) -> list[str]:
+    problems = []
+    evaluates = training.eval_strategy != "no" and data.eval_data_path
+    if training.predict_with_generate and not evaluates:
+        problems.append("--predict_with_generate true needs --eval_data_path, and --eval_strategy steps or epoch")
+    for flag in ("predict_samples", "predict_max_new_tokens"):
+        if getattr(training, flag) < 1:
+            problems.append(f"--{flag} {getattr(training, flag)}: expected 1 or more")
+        if getattr(training, flag) != getattr(type(training), flag) and not training.predict_with_generate:
+            problems.append(f"--{flag} only with --predict_with_generate true")
+    best = training.metric_for_best_model
+    name = (best or "loss").removeprefix("eval_")
+    if name in METRICS and not training.predict_with_generate:
+        problems.append(f"--metric_for_best_model {best} needs --predict_with_generate true")
+    elif name not in ("loss", *METRICS):
+        problems.append(f"--metric_for_best_model {best}: expected loss, {', '.join(METRICS[:-1])} or {METRICS[-1]}")
     return problems
 
 

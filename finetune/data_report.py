@@ -6,9 +6,7 @@ security policy allows none, whatever the data say. Pictures are the item's own 
 
 from __future__ import annotations
 
-import base64
 import io
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -22,6 +20,7 @@ from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from finetune.minicpmv.conversation import IGNORE_INDEX, MINICPM_ROLES
+from finetune.page import data_uri, panel, shown_text, tiles, write_page
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,8 +29,6 @@ MAX_PROBLEMS = 50  # rows in the table
 MAX_JUMPS = 40  # links to the answers of a sample
 OVERVIEW_BOX, SLICES_BOX, ALONE_BOX = (180, 300), (340, 400), (420, 420)  # pixels on the page that pictures fit into
 COLOURS = {"picture": "#7fb2ea", "text": "#b9bfc8", "learned": "#3fa45b"}
-# Left as they are, control characters would be dropped or replaced by the browser: shown as their Unicode pictures.
-CONTROL_PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"} | {0x7F: 0x2421}
 MARKED = {"recommended": "recommended_model_max_length", "chosen": "model_max_length"}
 SPREAD = {"min": "min", "median": "median", "p95": "95 %", "p99": "99 %", "max": "max"}
 
@@ -110,12 +107,8 @@ def write_report(
         _contents(cards),
         *(_card(number, card, vocabulary, limit) for number, card in enumerate(cards, 1)),
     ]
-    path = Path(path)
-    aside = path.with_suffix(".tmp")
-    # Data may hold half surrogate pairs, which are no UTF-8.
-    page = PAGE.format(style=STYLE, **COLOURS, body="\n".join(body))
-    aside.write_text(page, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
+    colours = "".join(f"--{name}: {value}; " for name, value in COLOURS.items())
+    write_page(path, "What the model sees of your training data", f":root {{ {colours}}}{STYLE}", "\n".join(body))
 
 
 class Vocabulary:
@@ -230,16 +223,12 @@ def _turns(spans: Sequence[Span], vocabulary: Vocabulary) -> list[list[Span]]:
     return turns
 
 
-def _text(text: object) -> str:
-    return escape(str(text).translate(CONTROL_PICTURES))
-
-
 def _token(span: Span, anchor: str) -> str:
     """A span of the stream; the signs for newlines come from the style sheet, so that copied text is the data's."""
     learned, cut = " learned" * span.learned, " cut" * span.cut
     if span.kind == "picture":
         title = f"positions {span.begin} to {span.end - 1}, id {span.ids[0]} each; click to see the slice"
-        return f'<a class="t picture{cut}" href="#{anchor}" title="{title}">{_text(span.text)}</a>'
+        return f'<a class="t picture{cut}" href="#{anchor}" title="{title}">{shown_text(span.text)}</a>'
     ids = ", ".join(map(str, span.ids))
     if span.kind == "ghost":
         title = f"id {ids}, predicted at position {span.begin - 1}, not in the input"
@@ -248,7 +237,7 @@ def _token(span: Span, anchor: str) -> str:
     else:
         title = f"ids {ids}, positions {span.begin} to {span.end - 1}: a character is split over them"
     blank = " blank" * (span.text.strip(" ") == "")
-    text = _text(span.text).replace("\n", '<i class="nl"></i>\n').replace("\t", '<i class="tab"></i>\t')
+    text = shown_text(span.text).replace("\n", '<i class="nl"></i>\n').replace("\t", '<i class="tab"></i>\t')
     return f'<span class="t {span.kind}{learned}{cut}{blank}" title="{title}">{text}</span>'
 
 
@@ -268,7 +257,7 @@ def _turn(number: int, turn: Sequence[Span], role: str, prefix: str, slices: Seq
         stream.append(_token(span, f"{prefix}slice{slice_at.get(span.begin)}"))
     return (
         f'<div class="turn{" taught" * bool(learned)}" id="{prefix}turn{number}">'
-        f'<div class="role"><b>{_text(role[:40])}</b><span>{count}</span>{said}</div>'
+        f'<div class="role"><b>{shown_text(role[:40])}</b><span>{count}</span>{said}</div>'
         f'<div class="tokens">{"".join(stream)}</div></div>'
     )
 
@@ -325,10 +314,6 @@ def _strip(card: Card, spans: Sequence[Span]) -> str:
     return f'<svg class="strip" viewBox="0 0 {length} 1" preserveAspectRatio="none" role="img">{"".join(bars)}</svg>'
 
 
-def _data_uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-
-
 def _figure(one: Slice, prefix: str, kept: int) -> str:
     buffer = io.BytesIO()
     image = Image.fromarray(one.pixels.permute(1, 2, 0).contiguous().numpy())
@@ -341,7 +326,7 @@ def _figure(one: Slice, prefix: str, kept: int) -> str:
     )
     return (
         f'<img id="{prefix}slice{one.number}"{" class=cut" * gone} alt="{one.place}" title="{title}" '
-        f'width="{image.width}" height="{image.height}" src="{_data_uri("jpeg", buffer.getvalue())}">'
+        f'width="{image.width}" height="{image.height}" src="{data_uri("jpeg", buffer.getvalue())}">'
     )
 
 
@@ -401,7 +386,7 @@ def _card(number: int, card: Card, vocabulary: Vocabulary, limit: int | None) ->
     ]
     left = f'<div class="pictures">{"".join(pictures)}</div>' if pictures else ""
     return (
-        f'<section class="card" id="sample{number}"><h3>{_text(card.name)} {_badges(card)}</h3>'
+        f'<section class="card" id="sample{number}"><h3>{shown_text(card.name)} {_badges(card)}</h3>'
         f'<p class="facts">{"".join(f"<span>{fact}</span>" for fact in facts)}</p>{_strip(card, spans)}'
         f'<div class="columns{" alone" * (not pictures)}">{left}'
         f"<div>{_stream(card, spans, slices, vocabulary, limit, prefix)}</div></div></section>"
@@ -411,14 +396,14 @@ def _card(number: int, card: Card, vocabulary: Vocabulary, limit: int | None) ->
 def _badges(card: Card) -> str:
     alarming = ("truncated", "nothing supervised")
     return " ".join(
-        f'<span class="badge{" alarm" * (reason in alarming)}">{_text(reason)}</span>' for reason in card.reasons
+        f'<span class="badge{" alarm" * (reason in alarming)}">{shown_text(reason)}</span>' for reason in card.reasons
     )
 
 
 def _head(summary: dict) -> str:
     spread, recommended = summary["tokens"]["total"], summary["recommended_model_max_length"]
     problems = len(summary["problems"])
-    tiles = [
+    numbers = [
         ("samples", f"{summary['samples']:,}", ""),
         ("with pictures", f"{summary['with_pictures']:,}", ""),
         ("text only", f"{summary['text_only']:,}", ""),
@@ -426,15 +411,14 @@ def _head(summary: dict) -> str:
         ("tokens in the longest sample", f"{spread['max']:,}" if spread else "–", ""),
         ("recommended", f"<code>--model_max_length {recommended}</code>" if recommended else "–", "flag"),
     ]
-    shown = "".join(f'<div class="tile {kind}"><b>{value}</b><span>{name}</span></div>' for name, value, kind in tiles)
     limit = summary["model_max_length"]
     facts = [
-        _text(summary["model"]),
+        shown_text(summary["model"]),
         f"{summary['query_num']} tokens a slice",
         f"at most {summary['max_slice_nums']} slices a picture beside its overview",
         f"judged by --model_max_length {limit}" if limit else "no --model_max_length given",
     ]
-    files = "".join(f"<li><code>{_text(file)}</code></li>" for file in summary["files"])
+    files = "".join(f"<li><code>{shown_text(file)}</code></li>" for file in summary["files"])
     too_long = summary.get("longer_than_the_model_allows")
     warning = f'<p class="bad">Samples longer than the model allows: {too_long:,}</p>' if too_long else ""
     if unsupervised := summary["nothing_supervised"]:
@@ -442,25 +426,21 @@ def _head(summary: dict) -> str:
         warning += f'<p class="bad">Samples that training would refuse: {unsupervised:,} ({cause})</p>'
     return (
         f"<header><h1>What the model sees of your training data</h1><p>{' · '.join(facts)}</p>"
-        f'<ul class="files">{files}</ul></header><div class="tiles">{shown}</div>{warning}'
+        f'<ul class="files">{files}</ul></header>{tiles(numbers)}{warning}'
     )
 
 
 def _numbers(summary: dict, lengths: dict[str, np.ndarray], slices: np.ndarray) -> str:
     """Plots and tables of the whole data."""
     if not len(lengths["total"]):
-        return _panel("Tokens of a sample", "<p>No sample can be used.</p>")
+        return panel("Tokens of a sample", "<p>No sample can be used.</p>")
     plots = _plot(lambda axes: _plot_lengths(axes, summary, lengths), height=3.7)
     plots += "<p>A bar's height is the number of samples of that length; its blue part is their pictures' share.</p>"
     if len(slices):
         plots += "<h2>Slices of a picture</h2>" + _plot(lambda axes: _plot_slices(axes, slices), height=2.1)
     tables = _spread_table(summary["tokens"]) + _cut_table(summary, len(lengths["total"]))
-    panels = _panel("How long the samples are", plots) + _panel("Tokens of a sample", tables)
+    panels = panel("How long the samples are", plots) + panel("Tokens of a sample", tables)
     return f'<div class="panels">{panels}</div>'
-
-
-def _panel(title: str, content: str) -> str:
-    return f'<section class="panel"><h2>{title}</h2>{content}</section>'
 
 
 def _plot(draw: Callable[[Axes], None], height: float) -> str:
@@ -475,7 +455,7 @@ def _plot(draw: Callable[[Axes], None], height: float) -> str:
     buffer = io.BytesIO()
     with rc_context({"svg.hashsalt": "report"}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return f'<img class="plot" alt="{escape(axes.get_xlabel())}" src="{_data_uri("svg+xml", buffer.getvalue())}">'
+    return f'<img class="plot" alt="{escape(axes.get_xlabel())}" src="{data_uri("svg+xml", buffer.getvalue())}">'
 
 
 def _plot_lengths(axes: Axes, summary: dict, lengths: dict[str, np.ndarray]) -> None:
@@ -552,9 +532,9 @@ def _problems(problems: Sequence[dict]) -> str:
     rows = []
     for problem in problems[:MAX_PROBLEMS]:
         cells = [problem["file"] or "–", problem["index"], f"{problem['id']!r:.100}", problem["cause"]]
-        rows.append(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>")
+        rows.append(f"<tr>{''.join(f'<td>{shown_text(cell)}</td>' for cell in cells)}</tr>")
     more = len(problems) - MAX_PROBLEMS
-    return _panel(
+    return panel(
         f"Problems: samples that cannot be used ({len(problems):,})",
         "<table class='problems'><tr><th>file</th><th>sample</th><th>id</th><th>what is wrong</th></tr>"
         f"{''.join(rows)}</table>{f'<p>and {more:,} more</p>' if more > 0 else ''}",
@@ -566,9 +546,9 @@ def _contents(cards: Sequence[Card]) -> str:
     if not cards:
         return ""
     links = "".join(
-        f'<li><a href="#sample{n}">{_text(card.name)}</a> {_badges(card)}</li>' for n, card in enumerate(cards, 1)
+        f'<li><a href="#sample{n}">{shown_text(card.name)}</a> {_badges(card)}</li>' for n, card in enumerate(cards, 1)
     )
-    return _panel("Samples as the model sees them", f'<div class="contents"><div>{LEGEND}</div><ol>{links}</ol></div>')
+    return panel("Samples as the model sees them", f'<div class="contents"><div>{LEGEND}</div><ol>{links}</ol></div>')
 
 
 LEGEND = """<dl class="legend">
@@ -587,55 +567,16 @@ each sample shows all of it, from first to last token. Pictures are drawn from t
 model is given.</p>"""
 
 STYLE = """
-:root { --line: #d8dde4; --bad: #cf222e; color-scheme: light; print-color-adjust: exact;
-  -webkit-print-color-adjust: exact }
-* { box-sizing: border-box }
-body { margin: 0 auto; max-width: 1640px; padding: 1.5rem; background: #f4f6f8; color: #1f2328;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", "Noto Sans CJK SC", sans-serif;
-  overflow-wrap: anywhere }
-h1 { font-size: 1.7rem; margin: 0; line-height: 1.25 }
-h2 { font-size: 1.1rem; margin: 0 0 .6rem }
-h3 { font-size: 1.05rem; margin: 0 }
-h4 { font-size: .9rem; margin: 0 }
-p { margin: .3rem 0 }
-a { color: #0a5bc4 }
-code { font: .93em ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace }
-header p, .files { color: #57606a }
-.files { margin: 0; padding: 0; list-style: none; max-height: 9rem; overflow: auto }
-.bad { color: var(--bad); font-weight: 600 }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; margin: 1.1rem 0 }
-.tile, .panel, .card { background: #fff; border: 1px solid var(--line); border-radius: 10px }
-.tile { padding: .8rem 1rem; display: flex; flex-direction: column; justify-content: space-between }
-.tile b { font-size: 1.9rem; line-height: 1.2; font-variant-numeric: tabular-nums }
-.tile span { color: #57606a; font-size: .88rem }
-.tile.flag { grid-column: span 2; background: #eef8f0; border-color: #a9d9b5 }
-.tile.flag b { font-size: 1.25rem; user-select: all; white-space: nowrap }
-.tile.alarm { background: #fff0f0; border-color: #f3b0b0 }
-.tile.alarm b { color: var(--bad) }
-.tile.good b { color: #1a7f37 }
-.panel { padding: 1rem 1.2rem; margin: 0 0 1rem }
-.panels, .contents { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 420px), 1fr));
-  gap: 0 1rem }
 .contents ol { margin: 0; padding-left: 1.6rem }
 .plot { display: block; width: 100%; max-width: 680px; margin: 0 auto .8rem }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; margin-bottom: 1rem }
-th, td { text-align: right; padding: .2rem .4rem; border-bottom: 1px solid #e8ebef; font-weight: 400;
-  white-space: nowrap }
 th:first-child, .problems th, .problems td { text-align: left; vertical-align: top }
 .problems td { white-space: normal }
-tr:first-child th { color: #57606a; font-size: .88rem }
 .problems td:first-child { min-width: 14rem }
 .problems td:last-child { width: 60% }
 tr.recommended { background: #eef8f0 }
 .recommended > *, .chosen > * { font-weight: 600 }
 .legend { display: grid; grid-template-columns: auto 1fr; gap: .3rem .9rem; margin: 0 0 .5rem; align-items: baseline }
 .legend dd { margin: 0 }
-.card { padding: 1rem 1.2rem; margin: 0 0 1.2rem }
-.badge { display: inline-block; font-size: .75rem; font-weight: 500; padding: 0 .55rem; border-radius: 1rem;
-  background: #e7ecf2; color: #3d4752; white-space: nowrap }
-.badge.alarm { background: #ffe3e3; color: #a40e26 }
-.facts { display: flex; flex-wrap: wrap; gap: .1rem 1.4rem; color: #57606a }
-.facts b { color: #1f2328 }
 .bad b { color: inherit }
 .key { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em }
 .key.picture { background: var(--picture) }
@@ -719,13 +660,4 @@ a.t.picture, span.t.picture { background: #d6e7fa; color: #0b3f7a; font-size: .8
   .picture label, .jumps { display: none }
   .picture, .tile, .plot, tr { break-inside: avoid }
 }
-"""
-
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>What the model sees of your training data</title><style>
-:root {{ --picture: {picture}; --text: {text}; --learned: {learned} }}{style}</style></head><body>
-{body}
-</body></html>
 """

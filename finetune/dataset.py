@@ -161,6 +161,28 @@ class SupervisedDataset(Dataset):
         return len(self.raw_data)
 
     def __getitem__(self, index: int) -> dict:
+        item = self._encode(index)
+        return item if self.max_length is None else truncate(item, self.max_length)
+
+    def prompt(self, index: int, turn: int) -> dict:
+        """What the model reads before it gives the answer at `turn`: an item, not truncated, that ends with the words
+        after which the assistant speaks. Answers further up are those of the sample."""
+        return self._encode(index, generation_prompt=True, until=turn)
+
+    def prompts(self, index: int) -> list[tuple[int, int]]:
+        """(turn, tokens of its prompt) of every answer with a weight other than 0; no picture is decoded.
+
+        Raises:
+            ValueError: as `measure`.
+        """
+        turns, _ = self._turns(index)
+
+        def tokens(turn: int) -> int:
+            return len(encode_text(turns[:turn], self.tokenizer, self.llm_type, self.query_nums, True)[0])
+
+        return [(number, tokens(number)) for number, turn in enumerate(turns) if turn.supervised]
+
+    def _encode(self, index: int, **prompt) -> dict:
         try:
             sample = self.sample(index)
             item = encode(
@@ -173,11 +195,12 @@ class SupervisedDataset(Dataset):
                 patch_size=self.patch_size,
                 as_strips=self.batch_vision and self.transform is not None,
                 transform=self.transform or raw_pixels,
+                **prompt,
             )
         except ValueError as error:
             raise SampleError(f"{self.name(index)}: {error}") from error
         item["id"] = self.name(index, sample)
-        return item if self.max_length is None else truncate(item, self.max_length)
+        return item
 
     def sample(self, index: int) -> Mapping:
         """The sample as it stands in the data, checked in all that needs no look at its pictures.

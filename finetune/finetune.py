@@ -125,6 +125,9 @@ def train(argv: list[str] | None = None) -> None:
         continued_adapter=lora_args.lora_weight_path or None,
         group_elements=group_elements,
     )
+    if trainer.predictor is not None:
+        asked, cut = len(trainer.predictor.questions), trainer.predictor.left_out
+        logger.info("each evaluation answers %d questions; %d are beyond --model_max_length", asked, cut)
     trainer.train(resume_from_checkpoint=checkpoint)
     if trainer.guard.signal:
         _stop(trainer)

@@ -44,20 +44,25 @@ def settings_record(arguments: Mapping[str, object], resolved: Mapping[str, obje
         arguments: dataclasses of arguments by title.
         resolved: what was found out or chosen by the program (model type, slicing, dtype).
     """
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = None
     return {
         "resolved": dict(resolved),
         "arguments": {
             title: value.to_dict() if isinstance(value, TrainingArguments) else dict(vars(value))
             for title, value in arguments.items()
         },
-        "versions": versions,
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the libraries that results depend on; None: not installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
 
 
 def write_settings(settings: Mapping, folder: str | os.PathLike) -> None:

@@ -9,9 +9,12 @@ Labels arrive shifted from the dataset. Shapes: B samples, L tokens, K supervise
 from __future__ import annotations
 
 import os
+import re
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from html import escape
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.checkpoints import written_aside
+from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
@@ -39,6 +43,9 @@ from finetune.recompute import recompute
 from finetune.reporting import write_settings
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
+
+ANSWERS_SHOWN = 8  # at each evaluation, in TensorBoard
+SHOWN_TEXT = 500  # characters of each
 
 
 def token_loss(outputs, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
@@ -103,6 +110,13 @@ class CPMTrainer(Trainer):
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
+        self.predictor: Predictor | None = None
+        if getattr(self.args, "predict_with_generate", False):
+            args = self.args
+            self.predictor = Predictor(
+                *(self.eval_dataset, args.predict_samples, args.per_device_eval_batch_size),
+                *(args.predict_max_new_tokens, args.dataloader_num_workers),
+            )
         self.guard = Guard(getattr(self.args, "max_bad_steps", 3))
         self.add_callback(self.guard)
 
@@ -203,6 +217,27 @@ class CPMTrainer(Trainer):
             return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         finally:
             self._full_logits_wanted = False
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in Trainer; with `--predict_with_generate` the metrics of generated answers stand beside the loss before
+        anything is logged or compared with the best."""
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.predictor is not None and getattr(dataloader, "dataset", None) is self.predictor.dataset:
+            start = time.perf_counter()
+            with self.accelerator.autocast():
+                answered = self.predictor(self.model, self.is_world_process_zero() and not self.args.disable_tqdm)
+            metrics = {**metrics_of(answered), "generation_seconds": round(time.perf_counter() - start, 2)}
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+            self._show_answers(answered)
+        return output
+
+    def _show_answers(self, answered: Sequence[Answered]) -> None:
+        """Some answers, evenly spread, as text in TensorBoard."""
+        shown = [answered[place] for place in range(0, len(answered), -(-len(answered) // ANSWERS_SHOWN))]
+        for callback in self.callback_handler.callbacks:
+            writer = getattr(callback, "tb_writer", None)  # of the first process alone
+            if writer is not None and hasattr(writer, "add_text"):
+                writer.add_text("eval/answers", answers_table(shown), self.state.global_step)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in Trainer; the result is written aside and moved to its place when it is whole.
@@ -323,6 +358,20 @@ class Checkpointing(TrainerCallback):
                 isinstance(module, nn.Dropout) and module.p > 0 for module in layer.modules()
             )
             layer._gradient_checkpointing_func = partial(recompute, list(layer.parameters()), random)
+
+
+def answers_table(answered: Sequence[Answered]) -> str:
+    """Answers as a table in Markdown; what they hold is shown as it is."""
+
+    def cell(text: str) -> str:
+        text = text if len(text) <= SHOWN_TEXT else f"{text[:SHOWN_TEXT]}..."
+        return " ".join(re.sub(r"([\\`*_{}\[\]()#+.!|~>-])", r"\\\1", escape(text, quote=False)).split())
+
+    rows = [
+        f"| {cell(one.question)} | {cell(one.answer.text)} | {cell(one.reference)} | {one.scores.anls:.2f} |"
+        for one in answered
+    ]
+    return "\n".join(["| question | answer | reference | ANLS |", "|---|---|---|---|", *rows])
 
 
 def _with_living_workers(loader):

@@ -45,6 +45,7 @@ def encode(
     as_strips: bool,
     transform: Callable[[Image.Image], torch.Tensor] = normalised_pixels,
     generation_prompt: bool = False,
+    until: int | None = None,
 ) -> dict:
     """Token ids, labels and slices of one conversation.
 
@@ -58,6 +59,7 @@ def encode(
         as_strips: pixels as (3, P, N * P) strips rather than (3, H, W).
         transform: PIL picture -> tensor (3, H, W): normalised floats, or uint8, which the model normalises itself.
         generation_prompt: end with the words after which the assistant speaks (inference).
+        until: encode so many messages only, with the pictures that stand in them.
 
     Returns:
         `input_ids`, `labels` (L,) int64, labels already shifted: `labels[t]` is what the model must say at t,
@@ -79,7 +81,7 @@ def encode(
             pixel_values.append(to_strip(pixels, slicing["patch_size"]) if as_strips else pixels)
         return placeholder(grid)
 
-    turns = text_turns(messages, images, take)
+    turns = text_turns(messages, images, take, until)
     input_ids, labels = encode_text(turns, tokenizer, llm_type, query_num, generation_prompt)
     return {
         "input_ids": torch.from_numpy(input_ids),
@@ -172,15 +174,16 @@ def _in_order_of_marks(found: list[str], pictures: list, images: Sequence | Mapp
     )
 
 
-def text_turns(messages: Sequence[Mapping], images, describe: Callable) -> list[Turn]:
-    """The messages with each picture replaced by `describe(picture)`, in reading order."""
+def text_turns(messages: Sequence[Mapping], images, describe: Callable, until: int | None = None) -> list[Turn]:
+    """The messages, or the first `until` of them, with each picture replaced by `describe(picture)`, in reading
+    order."""
     return [
         Turn(
             role,
             "".join(part if isinstance(part, str) else describe(part) for part in parts),
             role == "assistant" and message.get("weight") != 0,
         )
-        for message, (role, parts) in zip(messages, place_pictures(messages, images), strict=True)
+        for message, (role, parts) in zip(messages[:until], place_pictures(messages, images)[:until], strict=True)
     ]
 
 

@@ -1,0 +1,679 @@
+"""Score a model on a data file: it answers, and its answers are compared with those of the data.
+
+    python finetune/evaluate.py --model output/lora --data_path my/eval.json --output evaluation
+    python finetune/evaluate.py --model output/lora --data_path my/eval.json --output evaluation --compare MODEL
+    torchrun --nproc_per_node 8 finetune/evaluate.py ...    # the questions divided over 8 GPUs
+
+Every answer in the data with a weight other than 0 is a question of its own, with the data's own answers to earlier
+questions before it. Writes metrics.json, answers.jsonl and evaluation.html.
+Exit status: 0 when all was answered, 1 when it could not be, 2 when the call itself is wrong, 128 + signal when it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import transformers
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+from transformers.hf_argparser import string_to_bool
+
+from finetune.arguments import FoundModel, find_model, found_precision
+from finetune.checks import Problem, report_problems
+from finetune.data_files import Samples, load_samples
+from finetune.dataset import SampleError, SupervisedDataset
+from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.evaluation_page import write_evaluation
+from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers
+from finetune.guards import die_with_launcher
+from finetune.loading import load_finetuned, load_tokenizer
+from finetune.machines import end_together
+from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
+from finetune.minicpmv import LLM_TYPES
+from finetune.minicpmv.conversation import text_turns
+from finetune.pictures import map_pictures, resolve
+from finetune.reporting import versions
+
+logger = logging.getLogger("finetune")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ANSWERS, METRICS_NAME, PAGE = "answers.jsonl", "metrics.json", "evaluation.html"
+IDENTITY = "evaluation.json"  # in the folder of an unfinished evaluation: what it is of
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(BaseException):
+    """A signal came; its number is the argument."""
+
+
+@dataclass
+class Task:
+    """A model with the questions that it shall answer, before any weight is loaded."""
+
+    found: FoundModel
+    base: str | None
+    """of an adapter, where the call names it"""
+    dataset: SupervisedDataset
+    questions: list[Question]
+    problems: list[Problem]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description="Score a model on a data file: exact match, ANLS, ROUGE-L, token F1.", allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="folder of a checkpoint or adapter, or the name of a checkpoint on the hub")
+    add("--base", help="of an adapter: base model, where it is not in the place that the adapter names")
+    add("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
+    add("--output", required=True, type=Path, help="folder for the result; it must be empty or not there")
+    add("--compare", metavar="BEFORE", help="a model that is evaluated first, or the --output of an earlier evaluation")
+    add("--image_folder", help="where relative picture paths begin; default: the data file's folder")
+    add(
+        "--image_folder_only",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="true: samples whose picture lies outside --image_folder cannot be used; default: false",
+    )
+    add("--bad_samples", choices=("fail", "skip"), default="fail", help="samples that cannot be used; default: fail")
+    add("--limit", type=int, help="evaluate the first LIMIT samples only; default: all")
+    add("--batch_size", type=int, default=8, help="questions at once, per process; default: 8")
+    add("--max_new_tokens", type=int, default=256, help="longest answer; the rest is cut off; default: 256")
+    add("--max_inp_length", type=int, help="longest prompt in tokens, pictures included; default: what the model takes")
+    add("--max_slice_nums", type=int, help="most slices of a picture; default: as the model was trained")
+    add("--num_beams", type=int, default=1, help="1 (default): greedy; more: beam search")
+    add("--temperature", type=float, default=0.0, help="0 (default): no sampling; above: sampling")
+    add("--top_p", type=float, default=0.8, help="with sampling: from the likeliest tokens of this part; default: 0.8")
+    add("--repetition_penalty", type=float, default=1.0, help="above 1: against repetition; default: 1")
+    add("--seed", type=int, default=0, help="of the sampling; default: 0")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="default: auto, as in training; float32 on CPUs")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, GPUs where there are any")
+    add("--num_workers", type=int, help="processes that load pictures, per GPU; default: 4, or as many as cores")
+    add("--report_samples", type=int, default=200, help="most answers in evaluation.html; default: 200")
+    add("--cache_dir", help="folder for what is downloaded from the hub")
+    return parser
+
+
+def check_arguments(arguments: argparse.Namespace) -> list[str]:
+    """All that is wrong with the arguments, one line each; nothing is loaded."""
+    wrong = []
+    at_least = {"batch_size": 1, "max_new_tokens": 1, "max_inp_length": 1, "max_slice_nums": 1, "num_beams": 1}
+    for flag, least in {**at_least, "limit": 1, "num_workers": 0, "report_samples": 0, "temperature": 0}.items():
+        value = getattr(arguments, flag)
+        if value is not None and value < least:
+            wrong.append(f"--{flag} {value}: expected {least} or more")
+    if not 0 < arguments.top_p <= 1:
+        wrong.append(f"--top_p {arguments.top_p}: expected more than 0, and 1 at most")
+    if arguments.repetition_penalty <= 0:
+        wrong.append(f"--repetition_penalty {arguments.repetition_penalty}: expected more than 0, such as 1.05")
+    if arguments.temperature > 0 and arguments.num_beams > 1:
+        wrong.append("--num_beams with --temperature: beam search does not sample; choose one")
+    if arguments.image_folder and not Path(arguments.image_folder).is_dir():
+        wrong.append(f"--image_folder {arguments.image_folder}: there is no such folder")
+    if arguments.image_folder_only and not arguments.image_folder:
+        wrong.append("--image_folder_only true needs --image_folder")
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        wrong.append("--device cuda: PyTorch finds no GPU here")
+    if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
+        wrong.append(f"--output {arguments.output}: is not empty; nothing is overwritten, name another folder")
+    return wrong
+
+
+def evaluate(arguments: argparse.Namespace, tasks: Sequence[Task], earlier: list[dict] | None, limited: str) -> dict:
+    """Answer, score and save. All processes must call it.
+
+    Args:
+        tasks: of `--model`, and of the model that it is compared with, if that is evaluated too.
+        earlier: the records of an earlier evaluation that it is compared with, in the order of the questions.
+        limited: what `--limit` left out, in words; empty: nothing.
+
+    Returns:
+        what is saved as `metrics.json`.
+    """
+    start = time.monotonic()
+    folder = unfinished(arguments.output)
+    _begin(folder, _identity(arguments, tasks))
+    before = earlier
+    if len(tasks) > 1:
+        before = answer_all(tasks[1], arguments, folder, "before")
+    after = answer_all(tasks[0], arguments, folder, "after")
+    summary = summarise(arguments, tasks[0], after, before, round(time.monotonic() - start, 1), limited)
+    if is_main():
+        save(arguments, tasks[0], folder, summary, after)
+    return summary
+
+
+def unfinished(output: Path) -> Path:
+    """Where an evaluation lies until it is complete."""
+    whole = output.resolve()
+    return whole.with_name(f"{whole.name}.incomplete")
+
+
+def _identity(arguments: argparse.Namespace, tasks: Sequence[Task]) -> dict:
+    """What tells evaluations apart, in JSON types: answers of one are not to be taken for another's."""
+    free = ("output", "num_workers", "batch_size", "report_samples", "device", "cache_dir", "bad_samples")
+    settings = {name: value for name, value in vars(arguments).items() if name not in free}
+    paths = [path for task in tasks for path in (task.found.path, task.found.base) if Path(path).is_dir()]
+    paths += arguments.data_path
+    files = [file for path in map(Path, paths) for file in (sorted(path.glob("*")) if path.is_dir() else [path])]
+    stats = {str(file.resolve()): file.stat() for file in files if file.is_file()}
+    return {
+        "settings": settings,
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "questions": [len(task.questions) for task in tasks],
+    }
+
+
+def _begin(folder: Path, identity: dict) -> None:
+    """Make the folder of an unfinished evaluation, or go on with the one that is there."""
+    problem = None
+    if is_main():
+        try:
+            if folder.exists():
+                if json.loads((folder / IDENTITY).read_text(encoding="utf-8")) != identity:
+                    problem = (
+                        f"{folder} holds answers of another call, model or data; remove it, or name another --output"
+                    )
+            else:
+                folder.mkdir(parents=True)
+                (folder / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
+        except (OSError, ValueError) as error:
+            problem = f"{folder}: cannot be used for the answers: {error}; remove it, or name another --output"
+    for found in over_processes(problem):
+        if found is not None:
+            raise UserError(found)
+
+
+def answer_all(task: Task, arguments: argparse.Namespace, folder: Path, name: str) -> list[dict]:
+    """The records of all questions of a task, in the order of the data; those that are in the folder already are not
+    asked again. All processes must call it."""
+    done = {key: record for part in over_processes(_read_parts(folder, name)) for key, record in part.items()}
+    asked = [question for question in task.questions if (question.index, question.turn) not in done]
+    if done and is_main():
+        logger.info("%d of %d answers are in %s already", len(done), len(task.questions), folder)
+    if asked:
+        own = _answer(task, asked, arguments, folder / f"{name}-{rank()}.jsonl")
+        gc.collect()  # there may be another model to load
+        torch.cuda.empty_cache()
+        done.update({key: record for part in over_processes(own) for key, record in part.items()})
+    return [done[question.index, question.turn] for question in task.questions]
+
+
+def _answer(
+    task: Task, asked: Sequence[Question], arguments: argparse.Namespace, path: Path
+) -> dict[tuple[int, int], dict]:
+    """This process's share of the answers, which are in a file as soon as they are made."""
+    batches = deal(asked, arguments.batch_size, rank(), processes())
+    model = load_model(task, arguments)
+    title = f"answering ({Path(task.found.path).name})"
+    transformers.set_seed(arguments.seed + rank())
+    records = {}
+    said = generate_answers(
+        model, task.dataset, asked, batches, loader_processes(arguments.num_workers), **generation_settings(arguments)
+    )
+    bar = tqdm(total=sum(map(len, batches)), desc=title, unit=" answers", disable=not is_main())
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file, bar:
+        try:
+            for answers in said:
+                for place, answer in answers.items():
+                    question = asked[place]
+                    record = make_record(task.dataset, question, answer)
+                    records[question.index, question.turn] = record
+                    line = {"key": [question.index, question.turn], **record}
+                    file.write(json.dumps(line, ensure_ascii=False, default=repr) + "\n")
+                file.flush()
+                bar.update(len(answers))
+        except torch.OutOfMemoryError as error:
+            raise ProcessError(
+                f"out of memory ({str(error).splitlines()[0]}): lower --batch_size, which is {arguments.batch_size}; "
+                f"the answers so far are in {path.parent}, and the call goes on from there"
+            ) from error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise ProcessError(
+                f"a loader process died ({' '.join(str(error).split())[:300]}): lower --num_workers (0 loads in this "
+                f"process); the answers so far are in {path.parent}, and the call goes on from there"
+            ) from error
+    return records
+
+
+def on_gpu(arguments: argparse.Namespace) -> bool:
+    """Whether models are put on GPUs."""
+    return arguments.device != "cpu" and torch.cuda.is_available()
+
+
+def chosen_dtype(task: Task, arguments: argparse.Namespace) -> str:
+    """Name of the dtype to load a model in."""
+    if arguments.dtype != "auto":
+        return arguments.dtype
+    bf16, fp16 = found_precision(use_cpu=not on_gpu(arguments))
+    if bf16 and task.found.trained_in:
+        return task.found.trained_in
+    return "bfloat16" if bf16 else "float16" if fp16 else "float32"
+
+
+def load_model(task: Task, arguments: argparse.Namespace) -> torch.nn.Module:
+    """The model of a task on the device that the call asks for.
+
+    Raises:
+        ProcessError: when it cannot be loaded.
+    """
+    name = chosen_dtype(task, arguments)
+    device_map: object = None
+    if on_gpu(arguments):
+        device_map = "auto" if processes() == 1 and arguments.device == "auto" else {"": PartialState().device}
+    if is_main():
+        logger.info("loading %s (%s) in %s", task.found.path, task.found.kind, name)
+    try:
+        model, _ = load_finetuned(
+            task.found.path, task.base, dtype=DTYPES[name], device_map=device_map, cache_dir=arguments.cache_dir
+        )
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        raise ProcessError(f"the model {task.found.path} cannot be loaded: {error}") from error
+    return model
+
+
+def loader_processes(asked: int | None) -> int:
+    """How many load pictures for this process; `asked`: what `--num_workers` says."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(4, len(os.sched_getaffinity(0)) // here) if asked is None else asked
+
+
+def generation_settings(arguments: argparse.Namespace) -> dict:
+    """Generation arguments of transformers."""
+    settings = {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
+    if arguments.temperature > 0:
+        return {**settings, "do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
+    return {**settings, "num_beams": arguments.num_beams}
+
+
+def make_record(dataset: SupervisedDataset, question: Question, answer: Answer) -> dict:
+    """What is saved of an answer, in JSON types."""
+    answered = compare(dataset, question, answer)
+    file, number, identity = dataset.place(question.index)
+    return {
+        "file": file,
+        "sample": number,
+        "id": identity,
+        "turn": question.turn,
+        "image": [
+            str(resolve(picture, dataset.folder(question.index)))
+            if isinstance(picture, str)
+            else picture.get("path") or "embedded"
+            for picture in pictures_of(dataset, question)
+        ],
+        "question": answered.question,
+        "answer": answer.text,
+        "reference": answered.reference,
+        "cut": answer.cut,
+        **answered.scores._asdict(),
+    }
+
+
+def pictures_of(dataset: SupervisedDataset, question: Question) -> list:
+    """The pictures that stand before an answer, as the data have them."""
+    sample, found = dataset.sample(question.index), []
+    wrapped = map_pictures(sample.get("image"), lambda picture: (picture,))
+    text_turns(sample["conversations"], wrapped, lambda one: found.append(one[0]) or "", question.turn)
+    return found
+
+
+def _read_parts(folder: Path, name: str) -> dict[tuple[int, int], dict]:
+    """Records in the folder, by sample and turn; the last line of a file may have been cut off."""
+    found = {}
+    for path in sorted(folder.glob(f"{name}-*.jsonl")) if is_main_of_node() else []:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        whole, _, rest = text.rpartition("\n")
+        for line in whole.splitlines():
+            record = json.loads(line)
+            found[tuple(record.pop("key"))] = record
+        if rest:
+            path.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
+    return found
+
+
+def read_answers(folder: Path) -> list[dict]:
+    """The records of an earlier evaluation.
+
+    Raises:
+        ValueError: naming a line that is no record.
+    """
+    records = []
+    for number, line in enumerate((folder / ANSWERS).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            record = json.loads(line)
+            _ = [0 <= record[name] <= 1 for name in METRICS], hash(_key(record)), record["answer"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / ANSWERS}, line {number}: is no answer of an evaluation ({error!r})") from error
+        records.append(record)
+    return records
+
+
+def _key(record: Mapping) -> tuple:
+    """What makes two records answers to the same question."""
+    return Path(record["file"]).name, record["sample"], record["turn"], record["question"], record["reference"]
+
+
+def matched(task: Task, before: Sequence[dict], name: str) -> list[dict]:
+    """The records of an earlier evaluation, in the order of a task's questions.
+
+    Raises:
+        UserError: when they are not answers to the same questions.
+    """
+    keys = [_key(make_record(task.dataset, question, Answer("", False))) for question in task.questions]
+    others = {_key(record): record for record in before}
+    missing = [key for key in keys if key not in others]
+    if missing or len(others) != len(set(keys)):
+        raise UserError(
+            f"--compare {name}: has answers to other questions ({len(missing)} of these {len(keys)} are missing there, "
+            f"it has {len(others)}); evaluate both with the same --data_path and --limit"
+        )
+    return [others[key] for key in keys]
+
+
+def summarise(
+    arguments: argparse.Namespace,
+    task: Task,
+    after: list[dict],
+    before: list[dict] | None,
+    seconds: float,
+    limited: str,
+) -> dict:
+    """What is saved as `metrics.json`; records get `score`, and `before` where there is one."""
+    settings = {
+        **generation_settings(arguments),
+        **{name: getattr(arguments, name) for name in ("max_inp_length", "batch_size", "limit", "seed", "bad_samples")},
+        "max_slice_nums": task.found.config.slicing["max_slice_nums"],
+        "dtype": chosen_dtype(task, arguments),
+        "device": torch.cuda.get_device_name() if on_gpu(arguments) else "cpu",
+        "processes": processes(),
+    }
+    summary = {
+        "model": arguments.model,
+        "kind": f"{task.found.kind} of {LLM_TYPES[task.found.config.llm_type]}",
+        "data": list(arguments.data_path),
+        "metrics": _means(after),
+        "samples": len({question.index for question in task.questions}),
+        "questions": len(after),
+        "limited": limited or None,
+        "left_out": [{"file": p.file, "sample": p.number, "id": p.id, "cause": p.cause} for p in task.problems],
+        "cut_answers": sum(record["cut"] for record in after),
+        "seconds": seconds,
+        "settings": settings,
+        "versions": versions(),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    for record in after:
+        record["score"] = _scores(record).mean
+    if before is not None:
+        for record, other in zip(after, before, strict=True):
+            record["before"] = {name: other[name] for name in ("answer", "cut", *METRICS) if name in other} | {
+                "score": _scores(other).mean
+            }
+        summary["compared_with"] = {
+            "model": arguments.compare,
+            "metrics": _means(before),
+            "difference": {name: _difference(name, after, before) for name in METRICS},
+        }
+    return summary
+
+
+def _scores(record: Mapping) -> Scores:
+    return Scores(*(record[name] for name in METRICS))
+
+
+def _means(records: Sequence[Mapping]) -> dict[str, float]:
+    return mean_scores([_scores(record) for record in records])
+
+
+def _difference(name: str, after: Sequence[Mapping], before: Sequence[Mapping]) -> dict:
+    values = np.array([a[name] - b[name] for a, b in zip(after, before, strict=True)])
+    interval = difference_interval(values, [(record["file"], record["sample"]) for record in after])
+    better, worse = int((values > 0).sum()), int((values < 0).sum())
+    return {"mean": float(values.mean()), "interval_95": list(interval), "better": better, "worse": worse}
+
+
+def save(arguments: argparse.Namespace, task: Task, folder: Path, summary: dict, records: Sequence[dict]) -> None:
+    """Write the result into the unfinished folder, then put that in the place of `--output`."""
+    result = folder / "result"
+    result.mkdir(exist_ok=True)
+    text = json.dumps(summary, indent=1, ensure_ascii=False, default=repr) + "\n"
+    (result / METRICS_NAME).write_text(text, encoding="utf-8", errors="backslashreplace")
+    with (result / ANSWERS).open("w", encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(json.dumps(record, ensure_ascii=False, default=repr) + "\n" for record in records)
+
+    def load_pictures(place: int) -> list[Image.Image]:
+        question = task.questions[place]
+        return [task.dataset.load_image(picture, question.index) for picture in pictures_of(task.dataset, question)]
+
+    write_evaluation(result / PAGE, summary, records, arguments.report_samples, load_pictures)
+    os.replace(result, arguments.output.resolve())  # which is empty or not there
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def as_text(summary: Mapping) -> str:
+    """The summary for a reader."""
+    lines = [
+        f"model      {summary['model']}, {summary['kind']}",
+        f"answered   {summary['questions']:,} questions of {summary['samples']:,} samples, in {summary['seconds']:,} s",
+    ]
+    if summary["limited"]:
+        lines.append(f"limit      {summary['limited']}")
+    if summary["left_out"]:
+        lines.append(f"left out   {len(summary['left_out']):,} samples that cannot be used, see {METRICS_NAME}")
+    if summary["cut_answers"]:
+        limit = summary["settings"]["max_new_tokens"]
+        lines.append(f"cut off    {summary['cut_answers']:,} answers at --max_new_tokens {limit}")
+    if "compared_with" not in summary:
+        lines += ["", *(f"{name:<12}{value:>8.3f}" for name, value in summary["metrics"].items())]
+        return "\n".join(lines)
+    compared = summary["compared_with"]
+    lines.insert(0, f"before     {compared['model']}")
+    lines.append(
+        f"\n{'metric':<12}{'before':>8}{'after':>8}{'difference':>12}{'95 % interval':>18}{'better':>8}{'worse':>7}"
+    )
+    for name, value in summary["metrics"].items():
+        change = compared["difference"][name]
+        interval = "{:+.3f} to {:+.3f}".format(*change["interval_95"])
+        lines.append(
+            f"{name:<12}{compared['metrics'][name]:>8.3f}{value:>8.3f}{change['mean']:>+12.3f}{interval:>18}"
+            f"{change['better']:>8,}{change['worse']:>7,}"
+        )
+    return "\n".join(lines)
+
+
+def rank() -> int:
+    """This process's number."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many there are."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process writes the result."""
+    return rank() == 0
+
+
+@contextmanager
+def _signals_stop() -> Iterator[None]:
+    """Within it, a signal raises `Stopped`."""
+
+    def stop(number: int, _frame: object) -> None:
+        for each in SIGNALS:  # torchrun passes on what the terminal has sent to all
+            signal.signal(each, signal.SIG_IGN)
+        raise Stopped(number)
+
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def prepare(
+    arguments: argparse.Namespace, model: str, base: str | None, flag: str, samples: Samples, decode: bool
+) -> Task:
+    """The task of a model; its weights are not touched.
+
+    Args:
+        decode: also decode every picture, to find damaged ones before anything is answered.
+
+    Raises:
+        UserError: when it is no model; when its context has no room for `--max_new_tokens`.
+    """
+    found = find_model(model, base, arguments.cache_dir, flag)
+    try:
+        tokenizer = load_tokenizer(found.path, arguments.cache_dir)
+    except ValueError as error:
+        raise UserError(f"{flag} {error}") from error
+    if arguments.max_slice_nums is not None:
+        found.config.set_max_slice_nums(arguments.max_slice_nums)
+    room = found.config.max_position_embeddings - arguments.max_new_tokens
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens {arguments.max_new_tokens}: {flag} {model} takes {found.config.max_position_embeddings} "
+            "tokens, question and answer together"
+        )
+    dataset = SupervisedDataset.for_checkpoint(
+        found.config, tokenizer, samples, None, arguments.image_folder, arguments.image_folder_only
+    )
+    questions, problems = find_questions(dataset, decode=decode)
+    allowed = min(arguments.max_inp_length or room, room)
+    long = {question.index: question for question in questions if question.tokens > allowed}
+    for index, question in long.items():
+        limit = f"--max_inp_length {allowed}" if allowed < room else f"the {allowed} that --max_new_tokens leaves"
+        cause = (
+            f"turn {question.turn} has a prompt of {question.tokens} tokens, more than {limit}; lower --max_slice_nums"
+            f"{', or raise --max_inp_length' if allowed < room else ''}"
+        )
+        problems.append(Problem(index, *dataset.place(index), cause))
+    questions = [question for question in questions if question.index not in long]
+    return Task(found, base, dataset, questions, sorted(problems))
+
+
+def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """The whole evaluation: checks, answers, files, and the table on stdout.
+
+    Raises:
+        SystemExit: with status 2, after all that is wrong with the call.
+        UserError: when it cannot be done.
+    """
+    if "LOCAL_RANK" in os.environ:
+        PartialState(cpu=not on_gpu(arguments))
+    wrong = check_arguments(arguments)
+    samples, limited, tasks, earlier = None, "", [], None
+    try:
+        samples = load_samples(arguments.data_path)
+        if arguments.limit is not None and arguments.limit < len(samples):
+            limited = f"the first {arguments.limit:,} of {len(samples):,} samples, as --limit says"
+            samples = samples.without(np.arange(max(arguments.limit, 0), len(samples)))
+    except ValueError as error:
+        wrong.append(f"--data_path {error}")
+    if arguments.compare and (Path(arguments.compare) / ANSWERS).is_file():
+        try:
+            earlier = read_answers(Path(arguments.compare))
+        except ValueError as error:
+            wrong.append(f"--compare {error}")
+    models = [(arguments.model, arguments.base, "--model")]
+    if arguments.compare and earlier is None and not wrong:
+        models.append((arguments.compare, None, "--compare"))
+    for model, base, flag in models:
+        try:
+            if wrong or samples is None:  # samples are looked at only in a call that is right
+                find_model(model, base, arguments.cache_dir, flag)
+            else:
+                tasks.append(prepare(arguments, model, base, flag, samples, decode=not tasks))
+        except UserError as error:
+            wrong.append(str(error))
+    if wrong:
+        if is_main_of_node():
+            sys.stderr.write("".join(f"evaluate.py: {line}\n" for found in wrong for line in found.splitlines()))
+        parser.exit(2)
+    _settle_problems(arguments, tasks)
+    if earlier is not None:
+        earlier = matched(tasks[0], earlier, arguments.compare)
+    summary = evaluate(arguments, tasks, earlier, limited)
+    if is_main():
+        sys.stdout.write(f"{as_text(summary)}\n")
+        sys.stderr.write(f"wrote {arguments.output / PAGE}, {ANSWERS} and {METRICS_NAME} beside it\n")
+
+
+def _settle_problems(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:
+    """Stop at bad samples, or leave them out of all tasks.
+
+    Raises:
+        UserError: listing them.
+    """
+    bad = {problem.index: problem for task in tasks for problem in task.problems}
+    problems = [bad[index] for index in sorted(bad)]
+    if problems and arguments.bad_samples == "fail":
+        raise UserError(
+            f"These samples cannot be used (--bad_samples skip would leave them out):\n{report_problems(problems)}"
+        )
+    for task in tasks:
+        task.questions = [question for question in task.questions if question.index not in bad]
+        task.problems = problems
+        if not task.questions:
+            raise UserError(f"There is no question left to ask:\n{report_problems(problems)}")
+    if problems and is_main():
+        logger.warning("%d samples are left out:\n%s", len(problems), report_problems(problems))
+
+
+def main() -> None:
+    """Command line of this module."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logger.setLevel(logging.INFO)
+    die_with_launcher()
+    parser = build_parser()
+    arguments = parser.parse_args()
+    # Flags that PEFT still uses are renamed in transformers 5 and work until 6.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    try:
+        with _signals_stop():
+            run(arguments, parser)
+        end_together()
+    except Stopped as stopped:
+        number = signal.Signals(stopped.args[0])
+        if is_main_of_node():
+            sys.stderr.write(
+                f"\nevaluate.py: {number.name}: stopped; the answers so far are in {unfinished(arguments.output)}, and "
+                "the same call goes on from there\n"
+            )
+        sys.exit(128 + number)
+    except (ProcessError, SampleError, OSError) as error:  # met by one process
+        sys.exit(f"evaluate.py: {error}")
+    except ValueError as error:  # every process finds the same
+        sys.exit(f"evaluate.py: {error}" if is_main_of_node() else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""Answers to the questions of a data set, in batches padded on the left: for evaluate.py, and while training.
+
+Every answer in the data with a weight other than 0 is a question of its own. What stands before it, the answers of
+earlier turns included, is the prompt: a wrong answer does not spoil the next question. Shapes: B questions of a batch,
+L tokens of the longest prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from finetune.checks import Problem, decode_pictures, scan
+from finetune.dataset import SupervisedDataset
+from finetune.errors import UserError, over_processes
+from finetune.guards import let_workers_live
+from finetune.metrics import Scores, mean_scores, score
+from finetune.minicpmv.streaming import answer_text
+
+# Said in full, so that nothing in a checkpoint's generation_config.json gets into it.
+GREEDY = {
+    "do_sample": False,
+    "num_beams": 1,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "repetition_penalty": 1.0,
+}
+
+
+class Question(NamedTuple):
+    """An answer of the data that the model shall give itself."""
+
+    index: int
+    """of the sample in the data set"""
+    turn: int
+    """of the answer in the conversation, from 0"""
+    tokens: int
+    """of the prompt, pictures included"""
+
+
+class Answer(NamedTuple):
+    """What the model said."""
+
+    text: str
+    cut: bool
+    """the most new tokens were reached before an end token"""
+
+
+class Answered(NamedTuple):
+    """An answer beside what it is compared with."""
+
+    question: str
+    answer: Answer
+    reference: str
+    scores: Scores
+
+
+def find_questions(
+    dataset: SupervisedDataset, indices: Sequence[int] | None = None, decode: bool = False, workers: int | None = None
+) -> tuple[list[Question], list[Problem]]:
+    """All questions in the order of the data, and the samples that cannot be used; the same in every process.
+
+    Args:
+        indices: samples to look at; None: all.
+        decode: also decode every picture.
+        workers: processes; None: this process's share of the cores.
+    """
+    indices = range(len(dataset)) if indices is None else indices
+    found = scan(len(indices), partial(_look, dataset, indices, decode), "looking at the samples", workers)
+    questions = [question for of_nodes in found for question in of_nodes[0][0]]
+    problems = {problem.index: problem for of_nodes in found for _, bad in of_nodes for problem in bad}
+    questions = [question for question in questions if question.index not in problems]
+    return questions, [problems[index] for index in sorted(problems)]
+
+
+def _look(
+    dataset: SupervisedDataset, indices: Sequence[int], decode: bool, places: range
+) -> tuple[list[Question], list[Problem]]:
+    questions, problems = [], []
+    for index in (int(indices[place]) for place in places):
+        try:
+            asked = dataset.prompts(index)
+            if not asked:
+                raise ValueError("every answer has weight 0; there is none to compare with")
+            if decode:
+                decode_pictures(dataset, index)
+            questions += [Question(index, *prompt) for prompt in asked]
+        except ValueError as error:
+            problems.append(Problem(index, *dataset.place(index), str(error)))
+    return questions, problems
+
+
+def deal(questions: Sequence[Question], batch_size: int, rank: int = 0, processes: int = 1) -> list[list[int]]:
+    """Batches of one process: places in `questions`, prompts of about the same length together, the longest first.
+
+    Every process gets the same number of batches, which is what ZeRO-3 needs; where they do not come out even, some
+    are given to two processes.
+    """
+    places = sorted(range(len(questions)), key=lambda place: -questions[place].tokens)
+    size = max(min(batch_size, -(-len(places) // processes)), 1)
+    batches = [places[start : start + size] for start in range(0, len(places), size)]
+    rounds = -(-len(batches) // processes)
+    return [batches[(turn * processes + rank) % len(batches)] for turn in range(rounds)]
+
+
+def prompt_collator(items: Sequence[Mapping], padding_value: int) -> dict:
+    """Batch prompts, padded on the left.
+
+    Args:
+        items: of `SupervisedDataset.prompt`.
+        padding_value: token id of padding, which nothing sees.
+
+    Returns:
+        `data` for `MiniCPMV.generate`: `input_ids` (B, L) int64, `attention_mask` (B, L) bool; `pixel_values`,
+        `tgt_sizes` and `image_bound`, moved with the padding, as lists per question; `independent_samples`.
+    """
+    longest = max(len(item["input_ids"]) for item in items)
+    input_ids = torch.full((len(items), longest), padding_value)
+    attention_mask = torch.zeros(len(items), longest, dtype=torch.bool)
+    bounds = []
+    for row, item in enumerate(items):
+        padding = longest - len(item["input_ids"])
+        input_ids[row, padding:] = item["input_ids"]
+        attention_mask[row, padding:] = True
+        bounds.append(item["image_bound"] + padding)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "pixel_values": [item["pixel_values"] for item in items],
+        "tgt_sizes": [item["tgt_sizes"] for item in items],
+        "image_bound": bounds,
+        "independent_samples": True,
+    }
+
+
+def generate_answers(
+    model: nn.Module,
+    dataset: SupervisedDataset,
+    questions: Sequence[Question],
+    batches: Sequence[Sequence[int]],
+    workers: int = 0,
+    **settings,
+) -> Iterator[dict[int, Answer]]:
+    """The answers of one batch after another, by their places in `questions`.
+
+    Args:
+        model: `MiniCPMV`, plain or under PEFT; it is in evaluation mode meanwhile. Under ZeRO-3 all processes must
+            have the same number of batches.
+        batches: of `deal`.
+        workers: processes that load and slice pictures while the model generates.
+        settings: generation arguments of transformers that win over greedy search, `max_new_tokens` among them.
+    """
+    tokenizer = dataset.tokenizer
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    settings = base.chat_settings(tokenizer, **{**GREEDY, "use_cache": True, **settings})
+    stops = torch.tensor(settings["eos_token_id"])
+    device = base.get_input_embeddings().weight.device
+    loader = DataLoader(
+        _Prompts(dataset, questions),
+        batch_sampler=batches,
+        collate_fn=partial(prompt_collator, padding_value=tokenizer.eos_token_id),
+        num_workers=min(workers, len(batches)),
+        pin_memory=device.type == "cuda",
+        worker_init_fn=let_workers_live,
+        generator=torch.Generator(),  # the loader's own draw is not to change what training draws
+    )
+    with _evaluating(model):
+        for places, data in zip(batches, loader, strict=True):
+            data = {
+                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in data.items()
+            }
+            said = base.generate(data=data, **settings).cpu()
+            cut = ~torch.isin(said, stops).any(dim=1)
+            texts = [answer_text(row, tokenizer) for row in said]
+            yield dict(zip(places, map(Answer, texts, cut.tolist()), strict=True))
+
+
+class _Prompts(Dataset):
+    def __init__(self, dataset: SupervisedDataset, questions: Sequence[Question]):
+        self.dataset, self.questions = dataset, questions
+
+    def __len__(self) -> int:
+        return len(self.questions)
+
+    def __getitem__(self, place: int) -> dict:
+        question = self.questions[place]
+        return self.dataset.prompt(question.index, question.turn)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, in which neither dropout nor gradient checkpointing runs; then the mode it had."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def compare(dataset: SupervisedDataset, question: Question, answer: Answer) -> Answered:
+    """The answer beside the data's own."""
+    turns = dataset.sample(question.index)["conversations"]
+    reference = turns[question.turn]["content"].strip()
+    asked = turns[question.turn - 1]["content"].strip()
+    return Answered(asked, answer, reference, score(answer.text, reference))
+
+
+class Predictor:
+    """A fixed part of a data set that is answered anew at every evaluation of a training run.
+
+    Args:
+        dataset: its `max_length` leaves out questions whose prompt is as long, since training cuts their answers off.
+        samples: how many, evenly spread over the data set; all processes must make it at the same time.
+        batch_size: questions per process at once.
+        max_new_tokens: longest answer.
+        workers: loader processes.
+
+    Attributes:
+        questions: all that are asked.
+        left_out: how many are not, for their length.
+
+    Raises:
+        UserError: when no question is left.
+    """
+
+    def __init__(
+        self, dataset: SupervisedDataset, samples: int, batch_size: int, max_new_tokens: int, workers: int = 0
+    ):
+        count = min(samples, len(dataset))
+        spread = [place * len(dataset) // count for place in range(count)]
+        found, _ = find_questions(dataset, spread)  # samples with a problem are the loss's to report
+        limit = dataset.max_length
+        self.questions = [question for question in found if limit is None or question.tokens < limit]
+        self.left_out = len(found) - len(self.questions)
+        self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
+        self.max_new_tokens = max_new_tokens
+        if not self.questions:
+            raise UserError(
+                f"--predict_with_generate true: the {count} samples to answer hold no question; look at their answers' "
+                "weights and at --model_max_length"
+            )
+
+    def __call__(self, model: nn.Module, show_progress: bool = False) -> list[Answered]:
+        """All questions answered by all processes together, in the order of the data, the same in each of them."""
+        together = torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if together else 0
+        processes = torch.distributed.get_world_size() if together else 1
+        batches = deal(self.questions, self.batch_size, rank, processes)
+        said = generate_answers(
+            model, self.dataset, self.questions, batches, self.workers, max_new_tokens=self.max_new_tokens
+        )
+        bar = tqdm(said, "answering", len(batches), unit=" batches", disable=not show_progress, leave=False)
+        own = dict(chain.from_iterable(answers.items() for answers in bar))
+        answers = {place: answer for of_process in over_processes(own) for place, answer in of_process.items()}
+        return [compare(self.dataset, question, answers[n]) for n, question in enumerate(self.questions)]
+
+
+def metrics_of(answered: Sequence[Answered]) -> dict[str, float]:
+    """Mean of each metric, by its name."""
+    return mean_scores([one.scores for one in answered])
