@@ -318,20 +318,20 @@ def _deepspeed_problem(path: str) -> str | None:
     return None
 
 
-def load_config(path: str, cache_dir: str | None = None) -> MiniCPMVConfig | str:
+def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_name_or_path") -> MiniCPMVConfig | str:
     """The configuration of the checkpoint `path` (a folder, or its name on the hub), or, in one sentence, why there is
-    none."""
+    none; `flag` is the one that named it."""
     if not Path(path).is_dir() and (path.startswith((".", "/", "~")) or path.count("/") != 1):
-        return f"--model_name_or_path {path}: there is no such folder, and it is no hub name (owner/name)"
+        return f"{flag} {path}: there is no such folder, and it is no hub name (owner/name)"
     try:
         # Looked at before anything is made of it: of another kind, it may ask for code of its own to be run.
         kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
         if kind != MiniCPMVConfig.model_type:
-            return f"--model_name_or_path {path}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
+            return f"{flag} {path}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         _ = config.llm_type
     except (OSError, ValueError) as error:
-        return f"--model_name_or_path {path}: {error}"
+        return f"{flag} {path}: {error}"
     return config
 
 

@@ -26,6 +26,12 @@ from .packing import Packing
 from .resampler import Resampler
 from .vision import StripVisionTransformer, TimmVisionTower, patch_grid, to_patches
 
+AUTO_MAP = {
+    "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+    "AutoModel": "modeling_minicpmv.MiniCPMV",
+    "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
+}
+
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
     """The model of either checkpoint, told apart by its config, under the checkpoint's weight names."""
@@ -76,11 +82,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers; the model code travels along, so the folder loads with `trust_remote_code=True`."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
-            "AutoModel": "modeling_minicpmv.MiniCPMV",
-            "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
-        }
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
     def get_vision_embedding(
