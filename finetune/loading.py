@@ -32,7 +32,7 @@ from finetune.safe_files import code_in
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
 MIB = 2**20
-SAMPLED_TENSORS, SAMPLED_VALUES = 4, 32
+SAMPLED_TENSORS, SAMPLED_VALUES = 16, 8
 
 
 def load_finetuned(folder: str | os.PathLike, **kwargs) -> tuple[nn.Module, object]:
@@ -90,7 +90,7 @@ def resolved_settings(folder: str | os.PathLike) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["resolved"] if path.is_file() else {}
 
 
-def recorded_weights(folder: str | os.PathLike) -> dict[str, list[float]]:
+def recorded_weights(folder: str | os.PathLike) -> dict[str, str]:
     """`sample_weights` of the base that an adapter was trained on, where its `training_settings.json` has them."""
     path = Path(folder, SETTINGS_NAME)
     return json.loads(path.read_text(encoding="utf-8")).get("base_weights") or {} if path.is_file() else {}
@@ -231,16 +231,16 @@ def checkpoint_folder(
     return folder if any(folder.glob("*.safetensors")) else Path(fetch(allow_patterns=[*files, "pytorch_model*.bin"]))
 
 
-def sample_weights(folder: str | os.PathLike) -> dict[str, list[float]]:
-    """A few values of a few matrices of a checkpoint's language model, by name: enough to tell later whether another
-    checkpoint is the same. Empty where they could not be read without reading all else."""
+def sample_weights(folder: str | os.PathLike) -> dict[str, str]:
+    """A few values of some matrices of a checkpoint's language model, with spaces, by name: enough to tell later
+    whether another checkpoint is the same. Empty where they could not be read without reading all else."""
     files = weight_files(folder)
     if not all(file.suffix == ".safetensors" or zipfile.is_zipfile(file) for file in files):
         return {}
     places = {name: file for file in files for name in describe(file)}
     names = sorted(name for name in places if name.startswith("llm.model.layers.") and name.endswith("_proj.weight"))
     return {
-        name: _spread(tensor_reader(places[name])(name), SAMPLED_VALUES).tolist()
+        name: " ".join(map(str, _spread(tensor_reader(places[name])(name), SAMPLED_VALUES).tolist()))
         for name in _spread(names, SAMPLED_TENSORS)
     }
 

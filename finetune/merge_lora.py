@@ -538,11 +538,11 @@ def _sample_problems(where: str, adapter: Path, base: Path) -> list[str]:
     ]
 
 
-def _same(left: Sequence[float], right: Sequence[float] | None) -> bool:
-    """Whether values are the same but for the rounding of one of them to 16 bits."""
-    if right is None or len(left) != len(right):
+def _same(recorded: str, found: str | None) -> bool:
+    """Whether values, with spaces, are the same but for the rounding of one of them to 16 bits."""
+    if found is None or len(recorded.split()) != len(found.split()):
         return False
-    left, right = torch.tensor(left), torch.tensor(right)
+    left, right = (torch.tensor(list(map(float, values.split()))) for values in (recorded, found))
     return any(
         torch.equal(left.to(dtype).float(), right) or torch.equal(right.to(dtype).float(), left)
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
