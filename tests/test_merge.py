@@ -12,20 +12,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import GOLDEN, LLM_TYPES, ROOT, TESTS, golden_batch
+from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, ROOT, TESTS, golden_batch, launch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from finetune import merge_lora
-from finetune.checkpoints import copy_processor
+from finetune.arguments import TrainingArguments
+from finetune.checkpoints import copy_processor, fault
+from finetune.data_files import load_samples
+from finetune.dataset import SupervisedDataset, data_collator
 from finetune.errors import UserError
 from finetune.loading import EXTRA_WEIGHTS_NAME, SETTINGS_NAME, load_finetuned, sample_weights, weight_files
 from finetune.merge_lora import merge, modernize
 from finetune.minicpmv import MiniCPMV, MiniCPMVConfig
+from finetune.minicpmv.tiny import MODELS, write_checkpoint
 from finetune.model_card import CARD, is_edited, write_card
-from finetune.trainer import extra_trained_tensors
+from finetune.trainer import CPMTrainer, extra_trained_tensors
 
 HUB = {"llama3": "minicpm_llama3_v2_5", "minicpm": "minicpm_v2"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -641,3 +645,83 @@ def test_peft_loads_what_merging_reads(adapters, bases):
         model = PeftModel.from_pretrained(AutoModel.from_pretrained(bases[llm_type, "float32"]), adapters[llm_type])
         extra = torch.load(adapters[llm_type] / EXTRA_WEIGHTS_NAME)
         assert extra and model.load_state_dict(extra, strict=False).unexpected_keys == []
+
+
+@pytest.fixture
+def dataset() -> SupervisedDataset:
+    config = MiniCPMVConfig.from_pretrained(GOLDEN["llama3"])
+    config.set_max_slice_nums(1)
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN["llama3"])
+    samples = list(load_samples(GOLDEN_DATA / "samples.json"))[:2]
+    return SupervisedDataset.for_checkpoint(config, tokenizer, samples, 2048, GOLDEN_DATA)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_training_writes_cards(bases, dataset, tmp_path, method):
+    """Beside the result and every checkpoint, with the figures logged until then; what a user wrote stays."""
+    base = shutil.copytree(bases["llama3", "float32"], tmp_path / "base")
+    shutil.copyfile(GOLDEN["llama3"] / "preprocessor_config.json", base / "preprocessor_config.json")
+    for name in ("processing_minicpmv.py", "image_processing_minicpmv.py"):
+        (base / name).touch()
+    model = AutoModel.from_pretrained(base)
+    if method == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=QV, task_type="CAUSAL_LM"))
+    output = tmp_path / "pets"
+    args = {"per_device_train_batch_size": 1, "max_steps": 2, "save_steps": 1, "eval_steps": 1, "logging_steps": 1}
+    args |= {"eval_strategy": "steps", "use_cpu": True, "report_to": "none", "dataloader_num_workers": 0}
+    trainer = CPMTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(output), **args),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=data_collator,
+        settings={"resolved": {"llm_type": "llama3", "train_samples": 2}},
+    )
+    trainer.train()
+    trainer.save_model()
+    result, first = (ModelCard.load(folder / CARD) for folder in (output, output / "checkpoint-1"))
+    assert result.data.library_name == ("peft" if method == "lora" else "transformers")
+    assert result.data.base_model == "openbmb/MiniCPM-Llama3-V-2_5"
+    for words in ("# pets", "2 samples", "| evaluation loss |", "| training loss, mean of the run |"):
+        assert words in result.text, words
+    assert "# pets" in first.text and "mean of the run" not in first.text
+    evaluations = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert f"| evaluation loss | {evaluations[1]:.4g} | 1 |" in first.text
+    assert f"| evaluation loss | {evaluations[2]:.4g} | 2 |" in result.text
+    trainer.save_model()  # our own card is written anew
+    (output / CARD).write_text("mine")
+    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # as push_to_hub does
+    trainer.create_model_card(model_name="x")
+    assert (output / CARD).read_text() == "mine"
+    assert (output / "preprocessor_config.json").exists() == (method == "full")
+    assert fault(output / "checkpoint-2") is None
+
+
+@pytest.mark.slow
+def test_from_training_to_a_merged_checkpoint(tiny, data_file, tmp_path):
+    """As a user does it; the settings of the run tell the base from another of the same shape."""
+    other = write_checkpoint(MODELS[0], tmp_path / "other", seed=1)
+    flags = ("--max_steps", 2, "--save_steps", 1, "--max_slice_nums", 3, "--learning_rate", 1e-2)
+    launch("finetune_lora.sh", *flags, MODEL=tiny["llama3"], DATA=data_file, OUTPUT_DIR=tmp_path / "lora")
+    for adapter in (tmp_path / "lora", tmp_path / "lora" / "checkpoint-1"):
+        merged = tmp_path / f"merged-{adapter.name}"
+        result = run("--adapter", adapter, "--output", merged)
+        assert result.returncode == 0, result.stderr[-3000:]
+        data = {"input_ids": torch.arange(20)[None]}
+        (first, _), (second, _) = (load_finetuned(folder, device_map=None) for folder in (adapter, merged))
+        torch.testing.assert_close(second(data=data).logits, first(data=data).logits, atol=1e-5, rtol=1e-5)
+        assert second.config.slicing["max_slice_nums"] == 3
+    assert "24 samples" in (tmp_path / "merged-lora" / CARD).read_text()
+    result = run("--adapter", tmp_path / "lora", "--output", tmp_path / "wrong", "--base", other)
+    assert result.returncode == 1 and "is not the base that the adapter was trained on" in result.stderr
+
+
+def test_memory_stays_far_below_the_model(tmp_path):
+    """A part of the benchmark: 60 MB of weights in shards of 6 MB."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import merge_memory
+
+    figures = merge_memory.run(0.06, "2.5", torch.float32, "6MB", tmp_path)
+    assert figures["model"] > 50e6
+    assert figures["own"] < 0.6 * figures["model"]
