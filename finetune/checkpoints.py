@@ -14,11 +14,12 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
+from transformers.dynamic_module_utils import get_relative_import_files
 
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 
@@ -27,6 +28,7 @@ logger = logging.getLogger("finetune")
 ASIDE = "_incomplete"
 MANIFEST = "complete.json"
 STATE = "trainer_state.json"
+PROCESSOR = "preprocessor_config.json"
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in the RuntimeErrors of torch.save
 
 
@@ -99,15 +101,18 @@ def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
         ) from error
 
 
-def write_manifest(folder: Path) -> None:
+def write_manifest(folder: Path, leave_out: Sequence[Path] = ()) -> None:
     """Check every file of a folder, bring it to the disk, and write `complete.json`.
+
+    Args:
+        leave_out: files that are not looked at, such as links to what was there before.
 
     Raises:
         ValueError: naming a file that is not whole.
         OSError: when the disk does not take it.
     """
     sizes = {}
-    for path in sorted(file for file in folder.rglob("*") if file.is_file()):
+    for path in sorted(file for file in folder.rglob("*") if file.is_file() and file not in leave_out):
         check_file(path)
         _flush(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
@@ -272,6 +277,38 @@ def _move_files(source: Path, target: Path) -> None:
         else:
             os.replace(path, target / path.name)
     source.rmdir()
+
+
+def copy_processor(source: Path, target: Path, max_slice_nums: int) -> None:
+    """Copy what other programs prepare pictures with (`preprocessor_config.json` and the code that it names, which is
+    not run here) from one checkpoint to another; nothing where the source has none, or not all of it.
+
+    Args:
+        target: what is there already stays: our own model code.
+        max_slice_nums: most slices of a picture, set in the copy.
+    """
+    settings_file = source / PROCESSOR
+    if not settings_file.is_file() or (target / PROCESSOR).exists():
+        return
+    settings = json.loads(settings_file.read_text(encoding="utf-8"))
+    modules = [name.partition(".")[0] for name in settings.get("auto_map", {}).values() if "--" not in name]
+    code = {source / f"{module}.py" for module in modules}
+    missing = sorted(file.name for file in code if not file.is_file())
+    if not missing:
+        code |= {Path(file) for path in code for file in get_relative_import_files(path)}
+        missing = sorted(file.name for file in code if (target / file.name).exists())
+    if missing:
+        logger.warning(
+            "%s is left out: %s, which it names, is not beside it or would replace our own; programs that prepare "
+            "pictures with it (vLLM) need both",
+            *(settings_file, ", ".join(missing)),
+        )
+        return
+    for file in code:
+        shutil.copyfile(file, target / file.name)
+    if "max_slice_nums" in settings:
+        settings["max_slice_nums"] = max_slice_nums
+    (target / PROCESSOR).write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _flush(path: Path) -> None:

@@ -48,7 +48,14 @@ from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, explained, resume_command
-from finetune.loading import in_parts, load_extra_tensors, load_tokenizer, resolved_settings
+from finetune.loading import (
+    checkpoint_folder,
+    in_parts,
+    load_extra_tensors,
+    load_tokenizer,
+    resolved_settings,
+    sample_weights,
+)
 from finetune.machines import end_together, save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.reporting import parameter_table, plot_history, settings_record
@@ -111,6 +118,10 @@ def train(argv: list[str] | None = None) -> None:
         "processes": args.world_size,
     }
     settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
+    if args.use_lora:  # so that merging can tell whether it is given the same base
+        settings["base_weights"] = sample_weights(
+            checkpoint_folder(model_args.model_name_or_path, args.cache_dir, download=False)
+        )
     logger.info("settings: %s", ", ".join(f"{name} {value}" for name, value in resolved.items()))
     logger.info("parameters\n%s", parameter_table(model))
 

@@ -15,13 +15,16 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import safe_open
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from finetune.minicpmv import MiniCPMV, MiniCPMVTokenizer, MiniCPMVTokenizerFast  # which also registers the models
@@ -31,6 +34,7 @@ ADAPTER_CONFIG_NAME = "adapter_config.json"
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
 MIB = 2**20
+SAMPLED_TENSORS, SAMPLED_VALUES = 16, 8
 
 
 def load_finetuned(
@@ -164,6 +168,12 @@ def resolved_settings(folder: str | os.PathLike) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))["resolved"] if path.is_file() else {}
 
 
+def recorded_weights(folder: str | os.PathLike) -> dict[str, str]:
+    """`sample_weights` of the base that an adapter was trained on, where its `training_settings.json` has them."""
+    path = Path(folder, SETTINGS_NAME)
+    return json.loads(path.read_text(encoding="utf-8")).get("base_weights") or {} if path.is_file() else {}
+
+
 def load_extra_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
     """Read `vpm_resampler_embedtokens.pt` of an adapter folder into a PEFT model; nothing to do for other models.
 
@@ -242,33 +252,98 @@ def _load_in_parts(
     places = model.state_dict(keep_vars=True)
     found, mismatched = set(), set()
     for file in checkpoint_files:
-        shapes = _shapes(file)
-        found |= shapes.keys()
+        described = describe(file)
+        found |= described.keys()
         read = None
-        for name in [name for name in places if name in shapes]:
+        for name in [name for name in places if name in described]:
             place = places[name]
-            wanted = tuple(getattr(place, "ds_shape", place.shape))
-            if shapes[name] != wanted:
-                mismatched.add((name, shapes[name], wanted))
+            shape, wanted = tuple(described[name].shape), tuple(getattr(place, "ds_shape", place.shape))
+            if shape != wanted:
+                mismatched.add((name, shape, wanted))
                 continue
             place._is_hf_initialized = True  # for `from_pretrained`, which makes up what is missing
             with _whole(place) as writes, torch.no_grad():
                 if writes:
-                    read = read or _reader(file)
+                    read = read or tensor_reader(file)
                     place.copy_(read(name))
     return LoadStateDictInfo(places.keys() - found, found - places.keys(), mismatched, [], {}, set()), None
 
 
-def _shapes(file: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors in a checkpoint file, whose values are not read."""
-    if file.endswith(".safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            return {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    tensors = torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+def weight_files(folder: str | os.PathLike) -> list[Path]:
+    """The files that a checkpoint's weights are in; of several kinds, those that transformers would read.
+
+    Raises:
+        ValueError: when there are none, or files that an index names are missing.
+    """
+    folder = Path(folder)
+    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        if (folder / whole).is_file():
+            return [folder / whole]
+        if not (folder / index).is_file():
+            continue
+        try:
+            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
+            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{folder / index}: is no index of weights ({error!r})") from error
+        if missing or not names:
+            found = f"names files that are not beside it: {', '.join(missing[:5])}" if missing else "names no file"
+            raise ValueError(f"{folder / index}: {found}")
+        return [folder / name for name in names]
+    expected = ", ".join((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
+    raise ValueError(f"{folder}: holds no weights; expected one of {expected}")
 
 
-def _reader(file: str) -> Callable[[str], torch.Tensor]:
+def checkpoint_folder(
+    path: str | os.PathLike, cache_dir: str | None = None, revision: str | None = None, download: bool = True
+) -> Path:
+    """Where the files of a checkpoint are: the folder itself, or, of a hub name, its place in the cache.
+
+    Args:
+        download: fetch what is not there yet, of a hub name; else the cache alone is looked at.
+
+    Raises:
+        OSError, ValueError: when there is nothing under that name, or it cannot be fetched.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    if not download:
+        return Path(snapshot_download(str(path), cache_dir=cache_dir, revision=revision, local_files_only=True))
+    fetch = partial(snapshot_download, str(path), cache_dir=cache_dir, revision=revision)
+    files = ["*.json", "*.jinja", "*.model", "processing_*.py", "image_processing_*.py"]
+    folder = Path(fetch(allow_patterns=[*files, "*.safetensors"]))
+    return folder if any(folder.glob("*.safetensors")) else Path(fetch(allow_patterns=[*files, "pytorch_model*.bin"]))
+
+
+def sample_weights(folder: str | os.PathLike) -> dict[str, str]:
+    """A few values of some matrices of a checkpoint's language model, with spaces, by name: enough to tell later
+    whether another checkpoint is the same. Empty where they could not be read without reading all else."""
+    files = weight_files(folder)
+    if not all(file.suffix == ".safetensors" or zipfile.is_zipfile(file) for file in files):
+        return {}
+    places = {name: file for file in files for name in describe(file)}
+    names = sorted(name for name in places if name.startswith("llm.model.layers.") and name.endswith("_proj.weight"))
+    return {
+        name: " ".join(map(str, _spread(tensor_reader(places[name])(name), SAMPLED_VALUES).tolist()))
+        for name in _spread(names, SAMPLED_TENSORS)
+    }
+
+
+def _spread(values, most: int):
+    """At most so many of a list or a tensor, from all over it."""
+    flat = values.flatten() if isinstance(values, torch.Tensor) else values
+    return flat[:: max(1, len(flat) // most)][:most]
+
+
+def describe(file: str | os.PathLike) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint file by name, on the device "meta": shapes and dtypes, no values."""
+    if str(file).endswith(".safetensors"):
+        with safe_open(file, framework="pt") as tensors:  # mapped, not read
+            return {name: tensors.get_tensor(name).to("meta") for name in tensors.keys()}  # noqa: SIM118
+    return torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+
+
+def tensor_reader(file: str | os.PathLike) -> Callable[[str], torch.Tensor]:
     """A function that reads a tensor of a checkpoint file by name.
 
     The file is mapped for every tensor anew: pages once read stay with a process for as long as the mapping does.
@@ -281,7 +356,7 @@ def _reader(file: str) -> Callable[[str], torch.Tensor]:
     def from_zip(name: str) -> torch.Tensor:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]
 
-    if file.endswith(".safetensors"):
+    if str(file).endswith(".safetensors"):
         return from_safetensors
     if zipfile.is_zipfile(file):
         return from_zip

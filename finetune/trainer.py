@@ -32,13 +32,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.checkpoints import written_aside
+from finetune.checkpoints import PROCESSOR, copy_processor, written_aside
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
+from finetune.model_card import CARD, is_edited, write_card
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
 from finetune.safe_files import no_code_from_files
@@ -251,6 +252,8 @@ class CPMTrainer(Trainer):
         if output_dir is None or not _internal_call:
             with written_aside(Path(output_dir or self.args.output_dir), self.args.should_save, into=True) as aside:
                 self.save_model(str(aside), _internal_call=True)
+                if self.args.should_save and is_edited(Path(output_dir or self.args.output_dir, CARD)):
+                    (aside / CARD).unlink()
             if output_dir is None:
                 self._result_step = self.state.global_step
             if self.args.push_to_hub and not _internal_call:
@@ -264,15 +267,37 @@ class CPMTrainer(Trainer):
             super().save_model(output_dir, _internal_call=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As in Trainer; a LoRA run also writes every trained tensor that is no LoRA matrix."""
-        super()._save(output_dir, state_dict)
+        """As in Trainer; a LoRA run also writes every trained tensor that is no LoRA matrix. The README.md of PEFT is
+        replaced by our own; one that the user wrote stays."""
         folder = Path(output_dir or self.args.output_dir)
+        edited = (folder / CARD).read_text(encoding="utf-8") if is_edited(folder / CARD) else None
+        super()._save(output_dir, state_dict)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             extra = read_extra_tensors(self.continued_adapter) if self.continued_adapter else {}
             extra.update(extra_trained_tensors(self.model, state_dict))
             torch.save(extra, folder / EXTRA_WEIGHTS_NAME)
         if self.settings is not None and self.args.should_save:
             write_settings(self.settings, folder)
+        if self.args.should_save:
+            if edited is not None:
+                (folder / CARD).write_text(edited, encoding="utf-8")
+            else:
+                (folder / CARD).unlink(missing_ok=True)
+                self.create_model_card(output_dir=folder)
+            if not isinstance(self.model, PeftModel):
+                self._copy_processor(folder)
+
+    def _copy_processor(self, folder: Path) -> None:
+        """What other programs prepare pictures with, from the checkpoint that training began from."""
+        base = Path(getattr(self.model, "name_or_path", ""))
+        if isinstance(self.model, MiniCPMV) and (base / PROCESSOR).is_file():
+            copy_processor(base, folder, self.model.config.slicing["max_slice_nums"])
+
+    def create_model_card(self, *_, output_dir: str | os.PathLike | None = None, **__) -> None:
+        """Our card in the place of Trainer's, which takes what is to be on it as arguments; see `model_card.py`."""
+        if self.is_world_process_zero() or self.args.save_on_each_node:
+            run = Path(self.args.output_dir)
+            write_card(output_dir or run, run.resolve().name, history=self.state.log_history, settings=self.settings)
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """As in Trainer, but written aside, checked and renamed (see `checkpoints.py`), and once for a step. Overrides

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 from transformers import GraniteConfig, Idefics2VisionConfig, LlamaConfig, PreTrainedConfig
 
 LLM_TYPES = {
     "llama3": "MiniCPM-Llama3-V 2.5 (openbmb/MiniCPM-Llama3-V-2_5)",
     "minicpm": "MiniCPM-V 2.0 (openbmb/MiniCPM-V-2)",
 }
+
+
+class StripVisionConfig(Idefics2VisionConfig):
+    """2.5's `vision_config`, under the name that the hub's file has for it. An object, not a dict, since other programs
+    that load this class (vLLM) read its attributes."""
+
+    model_type = "idefics2"
 
 
 class MiniCPMVConfig(PreTrainedConfig):
@@ -83,6 +92,8 @@ class MiniCPMVConfig(PreTrainedConfig):
         self.image_size = image_size
         self.patch_size = patch_size
         self.drop_vision_last_layer = drop_vision_last_layer
+        if isinstance(vision_config, dict) and vision_config.get("model_type") == StripVisionConfig.model_type:
+            vision_config = StripVisionConfig(**{k: v for k, v in vision_config.items() if k != "model_type"})
         self.vision_config = vision_config
         if vision_encoder is not None and ":" in vision_encoder:  # timm would fetch what hf-hub:owner/name describes
             raise ValueError(f"vision_encoder {vision_encoder!r}: expected the name of one of timm's own models")
@@ -99,7 +110,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     def llm_type(self) -> str:
         """`llama3` for MiniCPM-Llama3-V 2.5, `minicpm` for MiniCPM-V 2.0."""
         if self.vision_config is not None and self.scale_emb is None:
-            if self.vision_config.get("model_type") == "idefics2":
+            if isinstance(self.vision_config, StripVisionConfig):
                 return "llama3"
         elif self.vision_encoder is not None and self.scale_emb is not None:
             return "minicpm"
@@ -126,6 +137,20 @@ class MiniCPMVConfig(PreTrainedConfig):
         else:
             self.max_slice_nums = most
 
+    def to_diff_dict(self) -> dict:
+        """What is written to `config.json`: the hub's fields, so that other programs find what they look for. Fields of
+        the other model, which are None here, are left out; the dtype stands under the name before transformers 5 too.
+        """
+        fields = {name: value for name, value in super().to_diff_dict().items() if value is not None}
+        if isinstance(self.vision_config, StripVisionConfig):
+            fields["vision_config"] = self.vision_config.to_diff_dict()
+            del fields["vision_config"]["transformers_version"]
+        if "dtype" in fields:
+            fields["torch_dtype"] = fields["dtype"]
+        if "rope_parameters" not in fields:
+            fields["rope_scaling"] = None
+        return fields
+
     def _shared_llm_fields(self) -> dict:
         fields = (
             "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
@@ -142,7 +167,8 @@ class MiniCPMVConfig(PreTrainedConfig):
 
         MiniCPM's language model is Granite's with these multipliers (see arXiv 2404.06395, section 3.2):
         residual branches by `scale_depth / sqrt(layers)`, logits by `dim_model_base / hidden_size`, attention by
-        `head_dim ** -0.5`. Its embeddings are multiplied by `scale_emb` outside, in `MiniCPMForCausalLM`.
+        `head_dim ** -0.5`. Its embeddings are multiplied by `scale_emb` outside, in `MiniCPMForCausalLM`. The names
+        that MiniCPM itself has for all this are kept beside Granite's, for programs that convert the language model.
         """
         if self.llm_type == "llama3":
             config = LlamaConfig(**self._shared_llm_fields())
@@ -153,13 +179,16 @@ class MiniCPMVConfig(PreTrainedConfig):
                 residual_multiplier=self.scale_depth / self.num_hidden_layers**0.5,
                 logits_scaling=self.hidden_size / self.dim_model_base,
                 attention_multiplier=(self.hidden_size // self.num_attention_heads) ** -0.5,
+                scale_emb=self.scale_emb,
+                scale_depth=self.scale_depth,
+                dim_model_base=self.dim_model_base,
             )
         config.dtype = self.dtype
         return config
 
-    def vision_tower_config(self) -> Idefics2VisionConfig:
+    def vision_tower_config(self) -> StripVisionConfig:
         """Configuration of 2.5's `vpm`; the last layer is dropped when `drop_vision_last_layer` says so."""
-        config = Idefics2VisionConfig(**{k: v for k, v in self.vision_config.items() if k != "model_type"})
+        config = copy.deepcopy(self.vision_config)
         if self.drop_vision_last_layer:
             config.num_hidden_layers -= 1
         config.dtype = self.dtype

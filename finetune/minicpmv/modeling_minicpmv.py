@@ -29,6 +29,11 @@ from .vision import StripVisionTransformer, TimmVisionTower, patch_grid, to_patc
 # The original chat's, with `sampling` and without.
 SAMPLING = {"do_sample": True, "top_p": 0.8, "top_k": 100, "temperature": 0.7, "repetition_penalty": 1.05}
 BEAM_SEARCH = {"do_sample": False, "num_beams": 3, "repetition_penalty": 1.2}
+AUTO_MAP = {
+    "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
+    "AutoModel": "modeling_minicpmv.MiniCPMV",
+    "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
+}
 
 
 class MiniCPMV(PreTrainedModel, GenerationMixin):
@@ -80,11 +85,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
 
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers; the model code travels along, so the folder loads with `trust_remote_code=True`."""
-        self.config.auto_map = {
-            "AutoConfig": "configuration_minicpm.MiniCPMVConfig",
-            "AutoModel": "modeling_minicpmv.MiniCPMV",
-            "AutoModelForCausalLM": "modeling_minicpmv.MiniCPMV",
-        }
+        self.config.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, **kwargs)
 
     def get_vision_embedding(
