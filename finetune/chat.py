@@ -658,7 +658,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             _write_json({"error": "; ".join(lines)})
         sys.exit("\n".join(f"chat.py: {line}" for line in lines))
     except KeyboardInterrupt:
-        _write("\n")
+        if sys.stdout.isatty():
+            _write("\n")
         status = INTERRUPTED
     except BrokenPipeError:  # the reader of the answer has left: nothing more can be written, at exit neither
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
