@@ -598,25 +598,28 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             samples = samples.without(np.arange(max(arguments.limit, 0), len(samples)))
     except ValueError as error:
         wrong.append(f"--data_path {error}")
-    if arguments.compare and (Path(arguments.compare) / ANSWERS).is_file():
+    models = [(arguments.model, arguments.base, "--model")]
+    if arguments.compare and not (Path(arguments.compare) / ANSWERS).is_file():
+        models.append((arguments.compare, None, "--compare"))
+    elif arguments.compare:
         try:
             earlier = read_answers(Path(arguments.compare))
         except ValueError as error:
             wrong.append(f"--compare {error}")
-    models = [(arguments.model, arguments.base, "--model")]
-    if arguments.compare and earlier is None and not wrong:
-        models.append((arguments.compare, None, "--compare"))
+    wrong = _of_all(wrong)  # or the processes would part ways below, where they work together
     for model, base, flag in models:
         try:
-            if wrong or samples is None:  # samples are looked at only in a call that is right
+            if wrong:  # samples are looked at only in a call that is right
                 find_model(model, base, arguments.cache_dir, flag)
             else:
                 tasks.append(prepare(arguments, model, base, flag, samples, decode=not tasks))
         except UserError as error:
             wrong.append(str(error))
+    wrong = _of_all(wrong)
     if wrong:
         if is_main_of_node():
             sys.stderr.write("".join(f"evaluate.py: {line}\n" for found in wrong for line in found.splitlines()))
+        over_processes(None)  # torchrun stops all when the first one has ended
         parser.exit(2)
     _settle_problems(arguments, tasks)
     if earlier is not None:
@@ -625,6 +628,11 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if is_main():
         sys.stdout.write(f"{as_text(summary)}\n")
         sys.stderr.write(f"wrote {arguments.output / PAGE}, {ANSWERS} and {METRICS_NAME} beside it\n")
+
+
+def _of_all(problems: Sequence[str]) -> list[str]:
+    """What any process has found, once."""
+    return list(dict.fromkeys(problem for own in over_processes(list(problems)) for problem in own))
 
 
 def _settle_problems(arguments: argparse.Namespace, tasks: Sequence[Task]) -> None:

@@ -318,9 +318,17 @@ def test_as_a_user_calls_it(tiny, eval_file, tmp_path):
 
 def test_wrong_calls_are_reported_together(call, tmp_path):
     flags = ("--model", "./none", "--data_path", "none.json", "--batch_size", 0, "--top_p", 2, "--image_folder", "no")
-    status, out, err = call(*flags, "--temperature", 0.5, "--num_beams", 2)
+    status, out, err = call(*flags, "--temperature", 0.5, "--num_beams", 2, "--compare", "neither")
     assert status == 2 and out == ""
-    for word in ("./none", "none.json", "--batch_size 0", "--top_p 2", "--image_folder no", "--num_beams"):
+    for word in (
+        "./none",
+        "none.json",
+        "--batch_size 0",
+        "--top_p 2",
+        "--image_folder no",
+        "--num_beams",
+        "--compare neither",
+    ):
         assert word in err
     status, _, err = call("--max_new_tokens", 100000)
     assert status == 2 and "--max_new_tokens 100000" in err
