@@ -626,6 +626,7 @@ def test_config_is_what_other_programs_read(tmp_path, llm_type):
         elif name not in ("_name_or_path", "transformers_version"):
             assert written[name] == value, name
     assert set(written) - set(hub) == {"dtype"}
+    assert config.get_text_config() is config  # vLLM reads the language model's fields there
     assert set(READ_FROM_CONFIG[llm_type].split()) <= written.keys()
     assert ("version" in written) == (llm_type == "llama3")  # vLLM takes one without for 2.0 by its sizes
     if llm_type == "llama3":
