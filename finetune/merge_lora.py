@@ -65,7 +65,7 @@ HEAD, EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MARK = ".merge_lora"  # lies in an unfinished output folder, which the next call may delete
 ROOM_FOR_THE_REST = 64 * 2**20  # bytes: tokenizer, code, configuration
-AT_ONCE = 2**24  # elements; rounding is measured in parts of this size
+AT_ONCE = 2**20  # elements; rounding is measured in parts of this size
 LARGE_LOSS = 0.5
 # peft can do more than this. What it does to a weight need not be a sum that is the same for every input, or starts
 # from weights other than the base's; a setting that is not listed here is refused, not ignored.

@@ -8,7 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -97,10 +99,28 @@ def logits(folder: Path, llm_type: str, **kwargs) -> torch.Tensor:
         return model(data=data).logits[data["attention_mask"]].float()
 
 
-def run(*flags: object, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "finetune" / "merge_lora.py"), *map(str, flags)]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
+class Result(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def run(monkeypatch, capsys) -> Callable[..., Result]:
+    """The program as it is called, within this process, where its imports are done."""
+
+    def call(*flags: object) -> Result:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["merge_lora.py", *map(str, flags)])
+        try:
+            merge_lora.main()
+        except SystemExit as ended:
+            output = capsys.readouterr()
+            return Result(1 if isinstance(ended.code, str) else ended.code, output.out, f"{output.err}{ended.code}")
+        output = capsys.readouterr()
+        return Result(0, output.out, output.err)
+
+    return call
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -180,8 +200,8 @@ def test_bases_in_other_files(bases, tmp_path, form):
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
-def test_the_folder_is_complete(bases, tmp_path, llm_type):
-    """Loads in a process without the toolkit, with the slices of the training; nothing else is left beside it."""
+def test_the_folder_is_complete(run, bases, tmp_path, llm_type):
+    """With the slices of the training; nothing else is left beside it."""
     adapter = write_adapter(bases[llm_type, "float32"], tmp_path / "lora")
     result = run("--adapter", adapter, "--output", tmp_path / "out" / "merged", "--max_shard_size", "300KB")
     assert result.returncode == 0, result.stderr[-2000:]
@@ -195,35 +215,38 @@ def test_the_folder_is_complete(bases, tmp_path, llm_type):
     config = json.loads((merged / "config.json").read_text())
     assert set(config["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
     assert MiniCPMVConfig.from_pretrained(merged).slicing["max_slice_nums"] == 4
-    loads_without_the_toolkit(merged, tmp_path, AutoModel.from_pretrained(merged))
 
 
-def loads_without_the_toolkit(folder: Path, tmp_path: Path, model: MiniCPMV) -> None:
-    data = {"input_ids": torch.arange(20)[None]}
-    save_file({"logits": model(data=data).logits.detach().float()}, tmp_path / "here.safetensors")
-    program = f"""
+def test_results_load_without_the_toolkit(bases, adapters, tmp_path):
+    """Merged and modernized checkpoints, in a process that never saw it."""
+    data, expected = {"input_ids": torch.arange(20)[None]}, {}
+    for llm_type in LLM_TYPES:
+        merge(adapters[llm_type], tmp_path / f"merged-{llm_type}")
+        modernize(bases[llm_type, "float32"], tmp_path / f"modern-{llm_type}")
+        for kind, wanted in (("merged", adapters[llm_type]), ("modern", bases[llm_type, "float32"])):
+            model, _ = load_finetuned(wanted, device_map=None)
+            expected[f"{kind}-{llm_type}"] = model(data=data).logits.detach()
+    save_file(expected, tmp_path / "expected.safetensors")
+    program = """
 import sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer
-folder = {str(folder)!r}
-model = AutoModel.from_pretrained(folder, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+for folder, expected in load_file("expected.safetensors").items():
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    found = model(data={"input_ids": torch.arange(20)[None]}).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    model.chat(None, [{"role": "user", "content": "hello"}], tokenizer, max_new_tokens=3)
 assert "finetune" not in sys.modules
-there = model(data={{"input_ids": torch.arange(20)[None]}}).logits.float()
-torch.testing.assert_close(there, load_file({str(tmp_path / "here.safetensors")!r})["logits"])
-print(model.chat(None, [{{"role": "user", "content": "hello"}}], tokenizer, max_new_tokens=3))
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_a_lost_delta_is_said(bases, tmp_path, capsys, monkeypatch):
+def test_a_lost_delta_is_said(run, bases, tmp_path):
     adapter = write_adapter(bases["llama3", "bfloat16"], tmp_path / "lora", None, scale=1e-5)
-    argv = ["merge_lora.py", "--adapter", adapter, "--output", tmp_path / "merged"]
-    monkeypatch.setattr(sys, "argv", list(map(str, argv)))
-    merge_lora.main()
-    assert "warning: most of what the LoRA matrices changed is lost" in (text := capsys.readouterr().out)
-    assert "--dtype float32" in text
+    text = run("--adapter", adapter, "--output", tmp_path / "merged").stdout
+    assert "warning: most of what the LoRA matrices changed is lost" in text and "--dtype float32" in text
     rounding = merge(adapter, tmp_path / "exact", dtype=torch.float32)
     assert rounding["LoRA matrices"].loss < 1e-2
 
@@ -348,20 +371,16 @@ def test_wrong_adapters_are_refused(bases, adapter, tmp_path):
     refused(tmp_path / "lacks", "lacks 1 of the tensors")
 
 
-def test_all_that_is_wrong_is_said_at_once(adapter, tmp_path):
+@pytest.mark.parametrize("how", ["from anywhere", pytest.param("inside finetune/", marks=pytest.mark.slow)])
+def test_all_that_is_wrong_is_said_at_once(adapter, tmp_path, how):
     (adapter / EXTRA_WEIGHTS_NAME).unlink()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
-    result = run(
-        "--adapter",
-        adapter,
-        "--output",
-        tmp_path / "full",
-        "--base",
-        "./gone",
-        "--max_shard_size",
-        "five",
-        cwd=tmp_path,
+    folder = ROOT / "finetune"
+    script, cwd = (folder / "merge_lora.py", tmp_path) if how == "from anywhere" else ("merge_lora.py", folder)
+    flags = ("--adapter", adapter, "--output", tmp_path / "full", "--base", "./gone", "--max_shard_size", "five")
+    result = subprocess.run(
+        list(map(str, (sys.executable, script, *flags))), cwd=cwd, capture_output=True, text=True, timeout=200
     )
     assert result.returncode == 1 and result.stdout == ""
     for words in (EXTRA_WEIGHTS_NAME, "is not empty", "--base ./gone", "--max_shard_size five"):
@@ -457,16 +476,12 @@ def test_modernize(tmp_path, llm_type, form, monkeypatch):
     for file in weight_files(source):
         assert file.samefile(tmp_path / "modern" / file.name)
     assert size == sum(file.stat().st_size for file in weight_files(source))
-    if form == "safetensors":
-        loads_without_the_toolkit(tmp_path / "modern", tmp_path, AutoModel.from_pretrained(GOLDEN[llm_type]))
-    else:
-        assert all(
-            torch.equal(tensor, weights[name].float())
-            for name, tensor in AutoModel.from_pretrained(tmp_path / "modern").state_dict().items()
-        )
+    loaded = AutoModel.from_pretrained(tmp_path / "modern").state_dict()
+    assert all(torch.equal(tensor, weights[name].float()) for name, tensor in loaded.items())
+    assert not any("old code ran" in file.read_text() for file in (tmp_path / "modern").glob("*.py"))
 
 
-def test_modernize_as_a_command(bases, adapter, tmp_path):
+def test_modernize_as_a_command(run, bases, adapter, tmp_path):
     result = run("--modernize", bases["llama3", "float32"], "--output", tmp_path / "modern")
     assert result.returncode == 0, result.stderr[-2000:]
     assert "1 hard links" in result.stdout and "chat.py --model" in result.stdout
@@ -475,7 +490,7 @@ def test_modernize_as_a_command(bases, adapter, tmp_path):
         (("--modernize", "./gone"), "there is no such folder"),
         (("--modernize", bases["llama3", "float32"], "--dtype", "float32"), "--dtype: only with --adapter"),
     ):
-        result = run(*flags, "--output", tmp_path / "other", cwd=tmp_path)
+        result = run(*flags, "--output", tmp_path / "other")
         assert result.returncode == 1 and message in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "other").exists()
 
@@ -626,6 +641,7 @@ def test_config_is_what_other_programs_read(tmp_path, llm_type):
         elif name not in ("_name_or_path", "transformers_version"):
             assert written[name] == value, name
     assert set(written) - set(hub) == {"dtype"}
+    assert config.get_text_config() is config  # vLLM reads the language model's fields there
     assert set(READ_FROM_CONFIG[llm_type].split()) <= written.keys()
     assert ("version" in written) == (llm_type == "llama3")  # vLLM takes one without for 2.0 by its sizes
     if llm_type == "llama3":
@@ -699,7 +715,7 @@ def test_training_writes_cards(bases, dataset, tmp_path, method):
 
 
 @pytest.mark.slow
-def test_from_training_to_a_merged_checkpoint(tiny, data_file, tmp_path):
+def test_from_training_to_a_merged_checkpoint(run, tiny, data_file, tmp_path):
     """As a user does it; the settings of the run tell the base from another of the same shape."""
     other = write_checkpoint(MODELS[0], tmp_path / "other", seed=1)
     flags = ("--max_steps", 2, "--save_steps", 1, "--max_slice_nums", 3, "--learning_rate", 1e-2)
@@ -717,6 +733,7 @@ def test_from_training_to_a_merged_checkpoint(tiny, data_file, tmp_path):
     assert result.returncode == 1 and "is not the base that the adapter was trained on" in result.stderr
 
 
+@pytest.mark.slow
 def test_memory_stays_far_below_the_model(tmp_path):
     """A part of the benchmark: 60 MB of weights in shards of 6 MB."""
     sys.path.insert(0, str(ROOT / "benchmarks"))

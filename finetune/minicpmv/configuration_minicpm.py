@@ -162,8 +162,8 @@ class MiniCPMVConfig(PreTrainedConfig):
             shared["rope_parameters"] = dict(self.rope_parameters)
         return shared
 
-    def llm_config(self) -> LlamaConfig | GraniteConfig:
-        """Configuration of `llm`.
+    def language_model_config(self) -> LlamaConfig | GraniteConfig:
+        """Configuration of `llm`. Not named `llm_config`, in which transformers and vLLM look for a configuration.
 
         MiniCPM's language model is Granite's with these multipliers (see arXiv 2404.06395, section 3.2):
         residual branches by `scale_depth / sqrt(layers)`, logits by `dim_model_base / hidden_size`, attention by

@@ -110,7 +110,7 @@ class LMHead(nn.Linear):
 
 def language_model(config: MiniCPMVConfig) -> LlamaForCausalLM | MiniCPMForCausalLM:
     """The language model of a checkpoint, under its weight names, with layers that take packed sequences."""
-    llm_config = config.llm_config()
+    llm_config = config.language_model_config()
     llm_config._attn_implementation = config._attn_implementation
     if config.llm_type == "llama3":
         llm, attention = LlamaForCausalLM(llm_config), PackedLlamaAttention
