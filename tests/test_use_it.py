@@ -15,7 +15,7 @@ from conftest import ROOT, write_adapter
 from PIL import Image
 
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## Use it\n")[2].partition("\n## ")[0]
-BLOCKS = re.findall(r"```(shell|python)\n(.*?)```", SECTION, re.S)
+BLOCKS = [block for block in re.findall(r"```(shell|python)\n(.*?)```", SECTION, re.S) if "hf upload" not in block[1]]
 
 
 @pytest.fixture(scope="module")
