@@ -156,6 +156,11 @@ def test_half_precision_is_kept_and_rounded_once(bases, tmp_path, llm_type):
         )
         assert {tensor.dtype for tensor in merged.values()} == {DTYPES[name]}
         assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+        matrices = load_file(adapter / "adapter_model.safetensors")
+        key = "llm.model.layers.1.self_attn.q_proj"
+        a, b = (matrices[f"base_model.model.{key}.lora_{side}.weight"].float() for side in "AB")
+        by_hand = before[f"{key}.weight"].float() + b @ a * (8 / 4)  # alpha / rank
+        torch.testing.assert_close(exact[f"{key}.weight"], by_hand, atol=1e-6, rtol=0)
         for key, tensor in merged.items():
             assert torch.equal(tensor, exact[key].to(DTYPES[name])), key
             touched = (key.startswith("resampler.") and "pos_embed" not in key) or "q_proj" in key or "v_proj" in key
