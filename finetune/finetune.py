@@ -112,9 +112,7 @@ def train(argv: list[str] | None = None) -> None:
     }
     settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
     if args.use_lora:  # so that merging can tell whether it is given the same base
-        settings["base_weights"] = sample_weights(
-            checkpoint_folder(model_args.model_name_or_path, args.cache_dir, download=False)
-        )
+        settings["base_weights"] = _sampled_base(model_args.model_name_or_path, args.cache_dir)
     logger.info("settings: %s", ", ".join(f"{name} {value}" for name, value in resolved.items()))
     logger.info("parameters\n%s", parameter_table(model))
 
@@ -140,6 +138,14 @@ def train(argv: list[str] | None = None) -> None:
         record = Path(args.output_dir, BAD_SAMPLES_NAME)
         logger.info("%d bad samples were left out, see %s", sum(left_out.values()), record)
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
+
+
+def _sampled_base(path: str, cache_dir: str | None) -> dict[str, str]:
+    try:
+        return sample_weights(checkpoint_folder(path, cache_dir, download=False))
+    except (OSError, ValueError) as error:
+        logger.warning("merging will not be able to tell whether its base is this one: %s", error)
+        return {}
 
 
 def _stop(trainer: CPMTrainer) -> None:

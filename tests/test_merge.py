@@ -370,6 +370,10 @@ def test_wrong_adapters_are_refused(bases, adapter, tmp_path):
     refused(tmp_path / "kind", "expected LORA")
     (broken("text") / "adapter_config.json").write_text("{")
     refused(tmp_path / "text", "cannot be read")
+    for name in ("adapter_model.safetensors", EXTRA_WEIGHTS_NAME):
+        whole = (broken(f"cut {name}") / name).read_bytes()
+        (tmp_path / f"cut {name}" / name).write_bytes(whole[: len(whole) // 2])
+        refused(tmp_path / f"cut {name}", "cannot be read|is damaged")
     matrices = load_file(adapter / "adapter_model.safetensors")
     matrices.pop(sorted(matrices)[0])
     save_file(matrices, broken("lacks") / "adapter_model.safetensors")
@@ -489,7 +493,7 @@ def test_modernize(tmp_path, llm_type, form, monkeypatch):
 def test_modernize_as_a_command(run, bases, adapter, tmp_path):
     result = run("--modernize", bases["llama3", "float32"], "--output", tmp_path / "modern")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "1 hard links" in result.stdout and "chat.py --model" in result.stdout
+    assert "weights as 1 hard link," in result.stdout and "chat.py --model" in result.stdout
     for flags, message in (
         (("--modernize", adapter), "is an adapter"),
         (("--modernize", "./gone"), "there is no such folder"),
