@@ -119,9 +119,7 @@ def train(argv: list[str] | None = None) -> None:
     }
     settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
     if args.use_lora:  # so that merging can tell whether it is given the same base
-        settings["base_weights"] = sample_weights(
-            checkpoint_folder(model_args.model_name_or_path, args.cache_dir, download=False)
-        )
+        settings["base_weights"] = _sampled_base(model_args.model_name_or_path, args.cache_dir)
     logger.info("settings: %s", ", ".join(f"{name} {value}" for name, value in resolved.items()))
     logger.info("parameters\n%s", parameter_table(model))
 
@@ -160,6 +158,14 @@ def _compare_slicing(config: MiniCPMVConfig, adapter: str) -> None:
             "--lora_weight_path %s was trained with --max_slice_nums %d, this run takes %d",
             *(adapter, most, config.slicing["max_slice_nums"]),
         )
+
+
+def _sampled_base(path: str, cache_dir: str | None) -> dict[str, str]:
+    try:
+        return sample_weights(checkpoint_folder(path, cache_dir, download=False))
+    except (OSError, ValueError) as error:
+        logger.warning("merging will not be able to tell whether its base is this one: %s", error)
+        return {}
 
 
 def _stop(trainer: CPMTrainer) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -31,6 +32,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
@@ -160,7 +162,9 @@ def modernize(
     pickled = [file.name for file in files if file.suffix != ".safetensors"]
     with_code = code_in(folder, *pickled) if pickled else []
     problems += with_code
-    if files and not with_code:
+    damaged = [] if with_code else [problem for file in files if (problem := _damage(file))]
+    problems += damaged
+    if files and not with_code and not damaged:
         found = {name: tensor for file in files for name, tensor in describe(file).items()}
         problems += _weight_problems(f"--modernize {source}", MiniCPMV, config, found)
     _stop_on(problems)
@@ -266,6 +270,10 @@ class _Merge:
             return None
         if with_code := weights_with_code(folder):
             problems += with_code
+            return None
+        own_files = [adapter / EXTRA_WEIGHTS_NAME, _matrices(adapter)]
+        if damaged := [problem for file in (*files, *own_files) if (problem := _damage(file))]:
+            problems += damaged
             return None
         found = {name: (file, tensor) for file in files for name, tensor in describe(file).items()}
         wrong = _weight_problems(
@@ -479,11 +487,24 @@ def _adapter_config(adapter: Path, problems: list[str]) -> LoraConfig | None:
     return config
 
 
+def _matrices(adapter: Path) -> Path:
+    return next(adapter / name for name in ADAPTER_FILES if (adapter / name).is_file())
+
+
+def _damage(file: Path) -> str | None:
+    """Why a file of weights cannot be read; files that hold code have been sorted out before."""
+    try:
+        describe(file)
+    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
+        return f"{file}: cannot be read ({error}); copy or download it anew"
+    return None
+
+
 def _adapter_sources(
     network: PeftModel, adapter: Path, base_name: str, problems: list[str]
 ) -> dict[int, tuple[Path, str]]:
     """Where the values of the adapter's parameters are, by id. What fits none, or is missing, goes to `problems`."""
-    file = next(adapter / name for name in ADAPTER_FILES if (adapter / name).is_file())
+    file = _matrices(adapter)
     state = network.state_dict(keep_vars=True)
     wanted = get_peft_model_state_dict(network, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
     found = describe(file)
@@ -687,7 +708,7 @@ def main() -> None:
             ]
             _stop_on([f"{', '.join(flags)}: only with --adapter"] if flags else [])
             size, links = modernize(arguments.modernize, arguments.output, arguments.cache_dir)
-            kinds = " and ".join(f"{count} {kind}s" for kind, count in links.items() if count)
+            kinds = " and ".join(f"{count} {kind}{'s'[: count - 1]}" for kind, count in links.items() if count)
             lines = [f"wrote {arguments.output}: {size / 1e9:.2f} GB of weights as {kinds}, with our model code"]
             if links["symbolic link"]:
                 lines.append("symbolic links hold only as long as the original stays where it is")

@@ -122,7 +122,7 @@ def _card(
         pipeline_tag="image-text-to-text",
         tags=["minicpm-v", *(["lora"] if lora else []), *([] if adapter else ["custom_code"])],
     )
-    parts = [f"# {title}", _summary(resolved, adapter, merged, lora)]
+    parts = [f"# {title}", _summary(resolved, adapter, merged)]
     if own is not None:
         theirs = ModelCard.load(own, ignore_metadata_errors=True)
         for name in KEPT:
@@ -139,13 +139,13 @@ def _card(
     return f"---\n{data.to_yaml()}\n---\n\n{body}\n"
 
 
-def _summary(resolved: Mapping, adapter: bool, merged: bool, lora: bool) -> str:
+def _summary(resolved: Mapping, adapter: bool, merged: bool) -> str:
     model = LLM_TYPES.get(resolved.get("llm_type"), "MiniCPM-V").split(" (")[0]
     how = "a LoRA adapter of" if adapter else "made of" if merged else "finetuned from"
     ending = " by merging a LoRA adapter into it" if merged else ""
     samples = resolved.get("train_samples")
     data = f" It was trained on {samples:,} samples." if samples is not None else ""
-    what = "This is" if adapter else "A complete checkpoint," if lora or merged else "A complete checkpoint, all of it"
+    what = "This is" if adapter else "A complete checkpoint,"
     return f"{what} {how} {model}{ending}.{data} The terms of the base model's license hold for it."
 
 

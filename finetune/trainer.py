@@ -32,10 +32,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.checkpoints import PROCESSOR, copy_processor, written_aside
+from finetune.checkpoints import copy_processor, written_aside
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import Guard, explained, let_workers_live
-from finetune.loading import EXTRA_WEIGHTS_NAME, load_extra_tensors, read_extra_tensors
+from finetune.loading import EXTRA_WEIGHTS_NAME, checkpoint_folder, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
@@ -289,9 +289,13 @@ class CPMTrainer(Trainer):
 
     def _copy_processor(self, folder: Path) -> None:
         """What other programs prepare pictures with, from the checkpoint that training began from."""
-        base = Path(getattr(self.model, "name_or_path", ""))
-        if isinstance(self.model, MiniCPMV) and (base / PROCESSOR).is_file():
-            copy_processor(base, folder, self.model.config.slicing["max_slice_nums"])
+        if not isinstance(self.model, MiniCPMV):
+            return
+        try:
+            base = checkpoint_folder(self.model.name_or_path, getattr(self.args, "cache_dir", None), download=False)
+        except (OSError, ValueError):  # a model made in this process, or a hub name that is not in the cache
+            return
+        copy_processor(base, folder, self.model.config.slicing["max_slice_nums"])
 
     def create_model_card(self, *_, output_dir: str | os.PathLike | None = None, **__) -> None:
         """Our card in the place of Trainer's, which takes what is to be on it as arguments; see `model_card.py`."""

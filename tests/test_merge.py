@@ -156,6 +156,11 @@ def test_half_precision_is_kept_and_rounded_once(bases, tmp_path, llm_type):
         )
         assert {tensor.dtype for tensor in merged.values()} == {DTYPES[name]}
         assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
+        matrices = load_file(adapter / "adapter_model.safetensors")
+        key = "llm.model.layers.1.self_attn.q_proj"
+        a, b = (matrices[f"base_model.model.{key}.lora_{side}.weight"].float() for side in "AB")
+        by_hand = before[f"{key}.weight"].float() + b @ a * (8 / 4)  # alpha / rank
+        torch.testing.assert_close(exact[f"{key}.weight"], by_hand, atol=1e-6, rtol=0)
         for key, tensor in merged.items():
             assert torch.equal(tensor, exact[key].to(DTYPES[name])), key
             touched = (key.startswith("resampler.") and "pos_embed" not in key) or "q_proj" in key or "v_proj" in key
@@ -365,6 +370,10 @@ def test_wrong_adapters_are_refused(bases, adapter, tmp_path):
     refused(tmp_path / "kind", "expected LORA")
     (broken("text") / "adapter_config.json").write_text("{")
     refused(tmp_path / "text", "cannot be read")
+    for name in ("adapter_model.safetensors", EXTRA_WEIGHTS_NAME):
+        whole = (broken(f"cut {name}") / name).read_bytes()
+        (tmp_path / f"cut {name}" / name).write_bytes(whole[: len(whole) // 2])
+        refused(tmp_path / f"cut {name}", "cannot be read|is damaged")
     matrices = load_file(adapter / "adapter_model.safetensors")
     matrices.pop(sorted(matrices)[0])
     save_file(matrices, broken("lacks") / "adapter_model.safetensors")
@@ -484,7 +493,7 @@ def test_modernize(tmp_path, llm_type, form, monkeypatch):
 def test_modernize_as_a_command(run, bases, adapter, tmp_path):
     result = run("--modernize", bases["llama3", "float32"], "--output", tmp_path / "modern")
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "1 hard links" in result.stdout and "chat.py --model" in result.stdout
+    assert "weights as 1 hard link," in result.stdout and "chat.py --model" in result.stdout
     for flags, message in (
         (("--modernize", adapter), "is an adapter"),
         (("--modernize", "./gone"), "there is no such folder"),
