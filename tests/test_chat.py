@@ -505,6 +505,8 @@ class Terminal:
 def terminal(tiny, place, tmp_path):
     model = shutil.copytree(tiny["minicpm"], tmp_path / "model")
     config = json.loads((model / "config.json").read_text())
+    endless = {"suppress_tokens": [load_tokenizer(model).eos_token_id]}  # only Ctrl-C ends an answer
+    (model / "generation_config.json").write_text(json.dumps(endless))
     started = []
 
     def start(*flags: object) -> Terminal:
