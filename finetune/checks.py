@@ -273,7 +273,7 @@ def _write_bad_samples(path: Path, bad: Mapping[str, list[Problem]]) -> None:
 
 def _read_bad_samples(path: Path) -> dict[str, list[int]]:
     found = defaultdict(list)
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):  # splitlines() ends one at U+2028
         entry = json.loads(line)
         found[entry["split"]].append(entry["sample"])
     return found

@@ -25,6 +25,7 @@ LETTERS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSP
 IN_NUMBER = r"(?<=\d)\p{P}(?=\d)|(?<![\p{L}\p{N}])-(?=\d)"
 THOUSANDS = r"(?<=\d),(?=\d{3}(?!\d))"
 PUNCTUATION = regex.compile(rf"{THOUSANDS}|(?!{IN_NUMBER})[\p{{P}}$+<=>^`|~]")
+DASHES = dict.fromkeys(map(ord, "\N{MINUS SIGN}\N{EN DASH}"), "-")
 RESAMPLES = 2000
 
 
@@ -73,15 +74,20 @@ def squad_tokens(text: str) -> list[str]:
     Beyond SQuAD: wide and narrow letters are the same (NFKC), and what says something stays: a point or sign of a
     number (3.5 is not 35, -5 not 5; 1,000 is 1000), and articles or marks that are all of the text (the choice "A").
     """
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = _plain(text)
     words = PIECE.findall(PUNCTUATION.sub("", text))
     return [word for word in words if word not in ARTICLES] or words or PIECE.findall(text)
 
 
 def rouge_tokens(text: str) -> list[str]:
     """Words as ROUGE has them, without stemming: lower case, runs of letters and digits of any script."""
-    text = unicodedata.normalize("NFKC", text).casefold()
+    text = _plain(text)
     return LETTERS.findall(text) or PIECE.findall(text)
+
+
+def _plain(text: str) -> str:
+    """Lower case; wide and narrow letters, and the dashes that stand for a minus, are the same."""
+    return unicodedata.normalize("NFKC", text).casefold().translate(DASHES)
 
 
 def exact_match(answer: str, reference: str) -> float:

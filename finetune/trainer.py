@@ -37,6 +37,7 @@ from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, checkpoint_folder, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
+from finetune.metrics import METRICS
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.model_card import CARD, is_edited, write_card
@@ -231,6 +232,20 @@ class CPMTrainer(Trainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             self._show_answers(answered)
         return output
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """As in Trainer; of evaluations whose answers score the same, the one with the least loss is the best, where
+        Trainer keeps the first. A private method, since Trainer has no public place to compare evaluations."""
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        name = (self.args.metric_for_best_model or "").removeprefix("eval_")
+        if name not in METRICS or metrics[f"eval_{name}"] != self.state.best_metric:
+            return False
+        losses = {entry["step"]: entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry}
+        if not metrics["eval_loss"] < losses.get(self.state.best_global_step, float("-inf")):
+            return False
+        self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
 
     def _show_answers(self, answered: Sequence[Answered]) -> None:
         """Some answers, evenly spread, as text in TensorBoard."""

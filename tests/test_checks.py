@@ -27,7 +27,7 @@ def write(folder: Path, count: int = 20) -> Path:
     (folder / "damaged.png").write_bytes(damaged)
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Noise."}]
     samples = [{"id": f"s{n}", "image": "good.png", "conversations": turns} for n in range(count)]
-    samples[3]["conversations"] = turns[:1]
+    samples[3] |= {"id": "s3\u2028", "conversations": turns[:1]}  # at which splitlines() would end a line
     samples[7]["image"] = "gone.png"
     samples[11]["image"] = "damaged.png"
     path = folder / "train.jsonl"
@@ -96,6 +96,15 @@ def test_too_many_bad_samples(tmp_path):
     path.write_text("{}\n")
     with pytest.raises(UserError, match="1 of 1 samples"):
         leave_out_bad_samples({"train": open_data(path)}, str(tmp_path), 1.0, resuming=False)
+
+
+def test_a_record_of_bad_samples_that_is_damaged_is_named(tmp_path):
+    path = write(tmp_path)
+    leave_out_bad_samples({"train": open_data(path)}, str(tmp_path), 0.2, resuming=False)
+    record = tmp_path / BAD_SAMPLES_NAME
+    record.write_text(record.read_text()[:-9])
+    with pytest.raises(UserError, match=f"{BAD_SAMPLES_NAME} in --output_dir: JSONDecodeError"):
+        leave_out_bad_samples({"train": open_data(path)}, str(tmp_path), 0.2, resuming=True)
 
 
 def test_resume_leaves_out_what_the_run_left_out(tmp_path):

@@ -43,6 +43,8 @@ TEXTS = st.one_of(WORDS, st.text(max_size=20), st.text("图中有红色。 aA3.,
         # SQuAD would find all of these equal
         ("3.5", "35", False),
         ("-5", "5", False),
+        ("\u22125", "-5", True),
+        ("\u20135", "5", False),
         ("A", "The", False),
         ("A", "B", False),
         ("A.", "a", True),

@@ -49,6 +49,26 @@ def dataset(llm_type) -> SupervisedDataset:
     )
 
 
+def test_of_answers_that_score_the_same_the_least_loss_is_the_best(tmp_path):
+    model = AutoModel.from_pretrained(GOLDEN["llama3"], dtype=torch.float32)
+    trainer = make_trainer(model, None, tmp_path, metric_for_best_model="exact_match", save_strategy="steps")
+    found = []
+    for step, score, loss in [
+        (2, 0.0, 6.0),
+        (4, 0.0, 5.0),
+        (6, 0.0, 5.5),
+        (8, 0.5, 7.0),
+        (10, 0.25, 1.0),
+        (12, 0.5, 6.9),
+    ]:
+        metrics = {"eval_exact_match": score, "eval_loss": loss}
+        trainer.state.global_step = step
+        trainer.state.log_history.append({**metrics, "step": step})
+        trainer._determine_best_metric(metrics, None)
+        found.append(trainer.state.best_global_step)
+    assert found == [2, 4, 4, 8, 8, 12] and trainer.state.best_metric == 0.5
+
+
 def make_trainer(model, dataset, tmp_path, **arguments) -> CPMTrainer:
     settings = {
         "output_dir": str(tmp_path),
