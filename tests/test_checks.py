@@ -27,7 +27,7 @@ def write(folder: Path, count: int = 20) -> Path:
     (folder / "damaged.png").write_bytes(damaged)
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Noise."}]
     samples = [{"id": f"s{n}", "image": "good.png", "conversations": turns} for n in range(count)]
-    samples[3] |= {"id": "s3\u2028", "conversations": turns[:1]}  # at which splitlines() would end a line
+    samples[3]["conversations"] = turns[:1]
     samples[7]["image"] = "gone.png"
     samples[11]["image"] = "damaged.png"
     path = folder / "train.jsonl"
@@ -109,6 +109,7 @@ def test_a_record_of_bad_samples_that_is_damaged_is_named(tmp_path):
 
 def test_resume_leaves_out_what_the_run_left_out(tmp_path):
     path = write(tmp_path)
+    path.write_text(path.read_text().replace('"s3"', '"s3\\u2028"'))  # at which splitlines() would end a line
     leave_out_bad_samples({"train": open_data(path)}, str(tmp_path), 0.2, resuming=False)
     Image.new("RGB", (8, 8)).save(tmp_path / "gone.png")  # repaired meanwhile
     again = open_data(path)
