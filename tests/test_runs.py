@@ -285,6 +285,7 @@ def zero2_with_small_groups(
     assert result.returncode == 0, f"{result.stdout[-2000:]}\n{result.stderr[-6000:]}"
 
 
+@pytest.mark.slow
 def test_parameter_groups_are_those_of_the_checkpoint(run, tiny, data_file, tmp_path):
     """A limited size of groups changes no loss, is kept on resume, and is not forced on checkpoints from before it."""
     whole = run("lora-llama3-1-zero2")
@@ -421,7 +422,8 @@ def bad_data(data_file, tmp_path) -> list[Path]:
     return [tmp_path / "a.json", tmp_path / "b.jsonl"]
 
 
-@pytest.mark.parametrize("name", [pytest.param("lora-llama3-1-plain", marks=pytest.mark.slow), "lora-llama3-2-zero2"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora-llama3-1-plain", "lora-llama3-2-zero2"])
 def test_bad_samples_are_skipped(name, run, tiny, data_file, bad_data, tmp_path):
     """The run is the one over the good samples alone, on every process, and so is its resumption, though the missing
     file has come back meanwhile."""
