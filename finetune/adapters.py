@@ -23,11 +23,11 @@ from torch import nn
 
 from finetune.loading import (
     base_of_adapter,
-    load_checkpoint,
+    load_base,
     load_lora,
     load_tokenizer,
     read_extra_tensors,
-    resolved_settings,
+    trained_slices,
     weights_with_code,
 )
 
@@ -205,12 +205,14 @@ def load_adapters(
                 "the base model for all adapters; load it alone, with load_finetuned"
             )
     extra = {name: read_extra_tensors(folder) for name, folder in folders.items()}
-    model: nn.Module = load_checkpoint(base, **kwargs)
-    slices: dict[str | None, int] = {None: model.config.slicing["max_slice_nums"]}
+    trained = {name: trained_slices(folder) for name, folder in folders.items()}
+    tokenizer = load_tokenizer(next(iter(folders.values())), kwargs.get("cache_dir"), base)
+    model: nn.Module = load_base([*folders.values()], base, **kwargs)
+    most = model.config.slicing["max_slice_nums"]
+    slices = {None: most, **{name: most if found is None else found for name, found in trained.items()}}
     for name, folder in folders.items():
         model = load_lora(model, folder, name)
-        slices[name] = resolved_settings(folder).get("slicing", {}).get("max_slice_nums", slices[None])
-    return Adapters(model.eval(), load_tokenizer(next(iter(folders.values())), kwargs.get("cache_dir")), extra, slices)
+    return Adapters(model.eval(), tokenizer, extra, slices)
 
 
 def _by_place(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -221,6 +223,10 @@ def _by_place(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _check_name(name: str) -> None:
-    """peft makes the names parts of parameter names, and attributes of modules."""
-    if not re.fullmatch(r"\w+", name) or name in "lora_" or hasattr(nn.ModuleDict(), name):
-        raise ValueError(f"{name!r} cannot name an adapter: expected letters and digits, and no word of PyTorch's own")
+    """peft makes the names parts of parameter names, and keys of modules that are attributes too."""
+    if not re.fullmatch(r"\w+", name):
+        raise ValueError(f"{name!r} cannot name an adapter: expected letters, digits and underscores")
+    if hasattr(nn.ModuleDict(), name):
+        raise ValueError(
+            f"{name!r} cannot name an adapter: PyTorch's modules have an attribute of this name; choose another"
+        )

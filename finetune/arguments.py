@@ -24,6 +24,7 @@ from finetune.loading import (
     SETTINGS_NAME,
     base_of_adapter,
     is_hub_name,
+    missing_in_adapter,
     resolved_settings,
     weights_with_code,
 )
@@ -410,12 +411,8 @@ def find_model(path: str, base: str | None = None, cache_dir: str | None = None,
 
 
 def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str) -> FoundModel:
-    weights = [Path(path, name) for name in ("adapter_model.safetensors", "adapter_model.bin")]
-    problems = [] if any(file.is_file() for file in weights) else [f"holds no {weights[0].name}"]
-    if not Path(path, EXTRA_WEIGHTS_NAME).is_file():
-        problems.append(f"holds no {EXTRA_WEIGHTS_NAME}, the other trained weights")
-    if problems:
-        raise UserError("\n".join(f"{flag} {path}: {problem}" for problem in problems))
+    if problems := missing_in_adapter(path):
+        raise UserError("\n".join(f"{flag} {problem}" for problem in problems))
     try:
         config = load_config(base or base_of_adapter(path), cache_dir, "--base" if base else f"{flag} {path}: its base")
         settings = resolved_settings(path)
@@ -423,7 +420,7 @@ def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str
         raise UserError(f"{flag} {error}") from error
     if isinstance(config, str):
         raise UserError(config)
-    if settings:
+    if "slicing" in settings:
         config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
     return FoundModel("adapter", path, base or base_of_adapter(path), config, settings.get("dtype"))
 

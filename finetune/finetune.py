@@ -53,8 +53,10 @@ from finetune.loading import (
     in_parts,
     load_extra_tensors,
     load_tokenizer,
+    other_base_problems,
     resolved_settings,
     sample_weights,
+    trained_slices,
 )
 from finetune.machines import end_together, save_where_all_can_read
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
@@ -78,6 +80,8 @@ def train(argv: list[str] | None = None) -> None:
     problems = check_arguments(model_args, data_args, args, lora_args, config)
     if not isinstance(config, str) and not trained_set_problems(args, lora_args):
         problems += _trainable_problems(config, args, lora_args)
+        if lora_args.lora_weight_path:
+            problems += _continued_problems(lora_args.lora_weight_path, model_args.model_name_or_path, args.cache_dir)
     _stop_on(problems, "These settings cannot work:")
     save_where_all_can_read(args)
 
@@ -150,10 +154,18 @@ def train(argv: list[str] | None = None) -> None:
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
 
 
+def _continued_problems(adapter: str, base: str, cache_dir: str | None) -> list[str]:
+    """Whether an adapter can be trained further on this base; weights are not loaded."""
+    try:
+        resolved_settings(adapter)
+        return other_base_problems(f"--model_name_or_path {base}", adapter, base, cache_dir)
+    except (OSError, ValueError) as error:
+        return [f"--lora_weight_path {adapter}: {error}"]
+
+
 def _compare_slicing(config: MiniCPMVConfig, adapter: str) -> None:
-    slicing = resolved_settings(adapter).get("slicing", config.slicing)
-    most = slicing["max_slice_nums"]
-    if most != config.slicing["max_slice_nums"]:
+    most = trained_slices(adapter)
+    if most is not None and most != config.slicing["max_slice_nums"]:
         logger.warning(
             "--lora_weight_path %s was trained with --max_slice_nums %d, this run takes %d",
             *(adapter, most, config.slicing["max_slice_nums"]),

@@ -12,16 +12,18 @@ import json
 import os
 import re
 import sys
+import warnings
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoModel, AutoTokenizer
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
@@ -31,6 +33,7 @@ from finetune.minicpmv import MiniCPMV, MiniCPMVTokenizer, MiniCPMVTokenizerFast
 from finetune.safe_files import code_in
 
 ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
 MIB = 2**20
@@ -49,32 +52,50 @@ def load_finetuned(
         kwargs: for `from_pretrained`, such as `dtype` or `device_map` (default: "auto").
 
     Raises:
-        ValueError: when an adapter folder lacks `vpm_resampler_embedtokens.pt`, or it does not fit the base model; when
-            the base model is missing, or tensors of it are; when the model does not fit into the memory of the GPUs;
-            when a file could not be loaded without executing what lies in it.
+        ValueError: when an adapter folder lacks `vpm_resampler_embedtokens.pt`, does not fit the base model, or was
+            trained on another one; when the base model is missing, or tensors of it are; when the model does not fit
+            into the memory of the GPUs; when a file is damaged, or could not be loaded without executing what lies in
+            it.
     """
     is_adapter = Path(folder, ADAPTER_CONFIG_NAME).is_file()
     checkpoint = (base or base_of_adapter(folder)) if is_adapter else folder
-    if problems := [p for place in dict.fromkeys([folder, checkpoint]) for p in weights_with_code(place)]:
+    problems = missing_in_adapter(folder) if is_adapter else []
+    problems += [p for place in dict.fromkeys([folder, checkpoint]) for p in weights_with_code(place)]
+    if problems:
         raise ValueError("\n".join(problems))
-    model = load_checkpoint(checkpoint, **kwargs)
+    slices = trained_slices(folder) if is_adapter else None
+    tokenizer = load_tokenizer(folder, kwargs.get("cache_dir"), checkpoint)
+    model = load_base([folder] if is_adapter else [], checkpoint, **kwargs)
     if is_adapter:
         model = load_lora(model, folder)
         load_extra_tensors(model, folder)
-        settings = resolved_settings(folder)
-        if settings:  # the base's config knows nothing of how many slices the adapter was trained with
-            model.get_base_model().config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
-    return model.eval(), load_tokenizer(folder, kwargs.get("cache_dir"))
+        if slices is not None:  # the base's config knows nothing of how many the adapter was trained with
+            model.get_base_model().config.set_max_slice_nums(slices)
+    return model.eval(), tokenizer
 
 
 def load_checkpoint(path: str | os.PathLike, **kwargs) -> MiniCPMV:
     """The model of a checkpoint (a folder, or its name on the hub), all of it; arguments as in `load_finetuned`.
 
     Raises:
-        ValueError: when tensors are missing, which transformers would make up, or the GPUs' memory is too small.
+        ValueError: when tensors are missing, or have other shapes, which transformers would make up; when a file of
+            weights is damaged, or the GPUs' memory is too small.
     """
-    kwargs = {"device_map": "auto", **kwargs, "trust_remote_code": False}
-    model, found = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    # Shapes are ours to refuse: transformers' own error advises to make up what does not fit.
+    kwargs = {"device_map": "auto", **kwargs, "trust_remote_code": False, "ignore_mismatched_sizes": True}
+    try:
+        model, found = AutoModel.from_pretrained(path, output_loading_info=True, **kwargs)
+    except SafetensorError as error:  # does not say in which file
+        folder = checkpoint_folder(path, kwargs.get("cache_dir"), kwargs.get("revision"), download=False)
+        for file in weight_files(folder):
+            describe(file)
+        raise ValueError(f"{path}: its weights cannot be read ({error}); copy or download them anew") from error
+    if other := sorted(found["mismatched_keys"]):
+        shapes = [f"{name} has shape {tuple(shape)}, expected {tuple(wanted)}" for name, shape, wanted in other[:5]]
+        raise ValueError(
+            f"{path}: {len(other)} tensors in its weight files have other shapes than its config.json describes: "
+            f"{'; '.join(shapes)}. Take both from the same checkpoint"
+        )
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"{path}: {len(missing)} tensors of the model are missing in its weight files: {', '.join(missing[:5])}"
@@ -85,6 +106,71 @@ def load_checkpoint(path: str | os.PathLike, **kwargs) -> MiniCPMV:
             "load it in half precision (dtype), or on the CPU (device)"
         )
     return model
+
+
+def load_base(adapters: Sequence[str | os.PathLike], base: str | os.PathLike, **kwargs) -> MiniCPMV:
+    """`load_checkpoint` for the base of adapters (or for a checkpoint, with none).
+
+    Raises:
+        ValueError: also when an adapter was trained on another base, before anything is loaded where the base's files
+            are here.
+    """
+
+    def check() -> None:
+        hub = (kwargs.get("cache_dir"), kwargs.get("revision"))
+        if problems := [p for adapter in adapters for p in other_base_problems(str(base), adapter, base, *hub)]:
+            raise ValueError("\n".join(problems))
+
+    check()
+    model = load_checkpoint(base, **kwargs)
+    if not Path(base).is_dir():  # what was not here has been downloaded
+        check()
+    return model
+
+
+def other_base_problems(
+    where: str,
+    adapter: str | os.PathLike,
+    base: str | os.PathLike,
+    cache_dir: str | None = None,
+    revision: str | None = None,
+) -> list[str]:
+    """Whether a base is another than the one that an adapter was trained on, as far as `training_settings.json` tells,
+    and where the base's files are here; values are compared, a sample of them.
+
+    Args:
+        where: the base, for the message.
+
+    Raises:
+        ValueError: when a file of the base, a folder, cannot be read, or the adapter's settings cannot.
+    """
+    recorded = recorded_weights(adapter)
+    if not recorded:
+        return []
+    try:
+        found = sample_weights(checkpoint_folder(base, cache_dir, revision, download=False))
+    except (OSError, ValueError):
+        if Path(base).is_dir():
+            raise
+        return []
+    other = [name for name, values in recorded.items() if found and not _same(values, found.get(name))]
+    if not other:
+        return []
+    return [
+        f"{where}: is not the base that the adapter {adapter} was trained on: {len(other)} of {len(recorded)} matrices "
+        f"that were looked at have other values ({other[0]}); name the right one (--base DIR, or base= in Python)"
+    ]
+
+
+def _same(recorded: str, found: str | None) -> bool:
+    """Whether values, with spaces, are the same but for the rounding of one of them to 16 bits."""
+    if found is None or len(recorded.split()) != len(found.split()):
+        return False
+    left, right = (torch.tensor(list(map(float, values.split()))) for values in (recorded, found))
+    return any(
+        torch.equal(left.to(dtype).float(), right) or torch.equal(right.to(dtype).float(), left)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    )
 
 
 def base_of_adapter(folder: str | os.PathLike) -> str:
@@ -114,20 +200,38 @@ def is_hub_name(path: str) -> bool:
     return re.fullmatch(r"[^./~\\][^/\\]*/[^/\\]+", path) is not None
 
 
+def missing_in_adapter(folder: str | os.PathLike) -> list[str]:
+    """The files of weights that an adapter folder lacks, one line each."""
+    problems = []
+    if not any(Path(folder, name).is_file() for name in ADAPTER_FILES):
+        problems.append(f"{Path(folder, ADAPTER_FILES[0])} is missing: the folder holds no LoRA matrices")
+    if not Path(folder, EXTRA_WEIGHTS_NAME).is_file():
+        problems.append(
+            f"{Path(folder, EXTRA_WEIGHTS_NAME)} is missing: the folder holds an adapter without the other trained "
+            "weights"
+        )
+    return problems
+
+
 def load_lora(model: MiniCPMV | PeftModel, folder: str | os.PathLike, name: str = "default") -> PeftModel:
     """Put the LoRA matrices of an adapter folder into a model, frozen and in evaluation mode, under a name.
 
     Not by `PeftModel.from_pretrained`, which says nothing of matrices that the model has no place for.
 
     Raises:
-        ValueError: when they are not those that the model needs, in name or shape.
+        ValueError: when they are not those that the model needs, in name or shape, or their file is damaged.
     """
     config = PeftConfig.from_pretrained(folder)
     config.inference_mode = True
     try:
-        if not isinstance(model, PeftModel):
-            model = PeftModelForCausalLM(model, config, name)
-        found = model.load_adapter(folder, name, torch_device="cpu")  # from there to where each layer is
+        with warnings.catch_warnings():
+            # PEFT (0.21) warns of names that are a part of "lora_", such as "a"; what it loads is looked at below.
+            warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
+            if not isinstance(model, PeftModel):
+                model = PeftModelForCausalLM(model, config, name)
+            found = model.load_adapter(folder, name, torch_device="cpu")  # from there to where each layer is
+    except SafetensorError as error:
+        raise _unreadable(Path(folder, ADAPTER_FILES[0]), error) from error
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(f"{folder}: the adapter does not fit its base model: {' '.join(reason[:3])}") from error
@@ -139,12 +243,18 @@ def load_lora(model: MiniCPMV | PeftModel, folder: str | os.PathLike, name: str 
     return model
 
 
-def load_tokenizer(path: str | os.PathLike, cache_dir: str | None = None):
-    """The tokenizer of the checkpoint or adapter `path` (a folder, or its name on the hub).
+def load_tokenizer(path: str | os.PathLike, cache_dir: str | None = None, base: str | os.PathLike | None = None):
+    """The tokenizer of the checkpoint or adapter `path` (a folder, or its name on the hub); of an adapter folder that
+    has none, its base's.
+
+    Args:
+        base: of an adapter, in place of what its `adapter_config.json` says.
 
     Raises:
         ValueError: when it is missing or of another kind, which may be code that lies in the checkpoint.
     """
+    if Path(path, ADAPTER_CONFIG_NAME).is_file() and not Path(path, "tokenizer_config.json").is_file():
+        path = base or base_of_adapter(path)
     expected = "expected tokenizer_class MiniCPMVTokenizer or MiniCPMVTokenizerFast in tokenizer_config.json"
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
@@ -163,15 +273,46 @@ def weights_with_code(folder: str | os.PathLike) -> list[str]:
 
 
 def resolved_settings(folder: str | os.PathLike) -> dict:
-    """What `training_settings.json` of a result or checkpoint says the run found out or chose; empty without one."""
-    path = Path(folder, SETTINGS_NAME)
-    return json.loads(path.read_text(encoding="utf-8"))["resolved"] if path.is_file() else {}
+    """What `training_settings.json` of a result or checkpoint says the run found out or chose; empty where it does not.
+
+    Raises:
+        ValueError: when it is no such file.
+    """
+    resolved = read_record(Path(folder, SETTINGS_NAME)).get("resolved") or {}
+    slicing = resolved.get("slicing", {"max_slice_nums": 1}) if isinstance(resolved, dict) else None
+    if not isinstance(slicing, dict) or not isinstance(slicing.get("max_slice_nums"), int):
+        raise ValueError(
+            f"{Path(folder, SETTINGS_NAME)}: expected under resolved an object, with slicing as config.json"
+        )
+    return resolved
+
+
+def trained_slices(folder: str | os.PathLike) -> int | None:
+    """Most slices of a picture in training, where `training_settings.json` says it."""
+    return resolved_settings(folder).get("slicing", {}).get("max_slice_nums")
+
+
+def read_record(path: str | os.PathLike) -> dict:
+    """A JSON file that a run left; empty where there is none.
+
+    Raises:
+        ValueError: when it is no JSON object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error}); copy it anew, or delete it") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {type(record).__name__}; copy it anew, or delete it")
+    return record
 
 
 def recorded_weights(folder: str | os.PathLike) -> dict[str, str]:
     """`sample_weights` of the base that an adapter was trained on, where its `training_settings.json` has them."""
-    path = Path(folder, SETTINGS_NAME)
-    return json.loads(path.read_text(encoding="utf-8")).get("base_weights") or {} if path.is_file() else {}
+    return read_record(Path(folder, SETTINGS_NAME)).get("base_weights") or {}
 
 
 def load_extra_tensors(model: nn.Module, folder: str | os.PathLike) -> None:
@@ -205,11 +346,11 @@ def read_extra_tensors(folder: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Tensors of `vpm_resampler_embedtokens.pt`, on the CPU, by their names in the PeftModel.
 
     Raises:
-        ValueError: when the file is missing.
+        ValueError: when it, or the file of the LoRA matrices, is missing.
     """
+    if problems := missing_in_adapter(folder):
+        raise ValueError("\n".join(problems))
     path = Path(folder) / EXTRA_WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the folder holds an adapter without the other trained weights")
     return torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # copied by those who write it, if any
 
 
@@ -336,22 +477,39 @@ def _spread(values, most: int):
 
 
 def describe(file: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file by name, on the device "meta": shapes and dtypes, no values."""
-    if str(file).endswith(".safetensors"):
-        with safe_open(file, framework="pt") as tensors:  # mapped, not read
-            return {name: tensors.get_tensor(name).to("meta") for name in tensors.keys()}  # noqa: SIM118
-    return torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    """The tensors of a checkpoint file by name, on the device "meta": shapes and dtypes, no values.
+
+    Raises:
+        ValueError: when the file is damaged, or holds code.
+    """
+    try:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as tensors:  # mapped, not read
+                return {name: tensors.get_tensor(name).to("meta") for name in tensors.keys()}  # noqa: SIM118
+        return torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except (SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: str | os.PathLike, error: Exception) -> ValueError:
+    return ValueError(f"{file}: cannot be read ({error}); copy or download it anew")
 
 
 def tensor_reader(file: str | os.PathLike) -> Callable[[str], torch.Tensor]:
     """A function that reads a tensor of a checkpoint file by name.
 
     The file is mapped for every tensor anew: pages once read stay with a process for as long as the mapping does.
+
+    Raises:
+        ValueError: from the function, when the file is a damaged .safetensors.
     """
 
     def from_safetensors(name: str) -> torch.Tensor:
-        with safe_open(file, framework="pt") as tensors:
-            return tensors.get_tensor(name)
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                return tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise _unreadable(file, error) from error
 
     def from_zip(name: str) -> torch.Tensor:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]

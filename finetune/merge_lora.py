@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from pickle import UnpicklingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -32,7 +31,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
@@ -42,14 +40,17 @@ from finetune.arguments import load_config
 from finetune.checkpoints import MANIFEST, copy_processor, write_manifest
 from finetune.errors import UserError
 from finetune.loading import (
+    ADAPTER_FILES,
     EXTRA_WEIGHTS_NAME,
     SETTINGS_NAME,
     checkpoint_folder,
     describe,
     load_tokenizer,
+    missing_in_adapter,
+    other_base_problems,
+    read_record,
     recorded_weights,
     resolved_settings,
-    sample_weights,
     tensor_reader,
     weight_files,
     weights_with_code,
@@ -57,12 +58,12 @@ from finetune.loading import (
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.modeling_minicpmv import AUTO_MAP
 from finetune.model_card import write_card
+from finetune.reporting import write_settings
 from finetune.safe_files import code_in
 
 logger = logging.getLogger("finetune")
 
 ADAPTER = "default"  # peft's name for the one adapter of a model
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 HEAD, EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MARK = ".merge_lora"  # lies in an unfinished output folder, which the next call may delete
@@ -129,6 +130,7 @@ def merge(
             text = json.dumps(index, indent=2, sort_keys=True)
             (aside / SAFE_WEIGHTS_INDEX_NAME).write_text(text + "\n", encoding="utf-8")
         _write_all_but_weights(plan.config, plan.base, plan.tokenizer, aside)
+        write_settings(_merged_settings(Path(adapter), dtype), aside)
         write_card(aside, Path(output).resolve().name, merged_from=adapter)
     return plan.rounding
 
@@ -279,8 +281,15 @@ class _Merge:
         wrong = _weight_problems(
             f"{flag} {base_name}", MiniCPMV, config, {name: tensor for name, (_, tensor) in found.items()}
         )
-        problems += wrong or _sample_problems(f"{flag} {base_name}", adapter, folder)
-        tokenizer = _tokenizer_of(adapter, folder, problems)
+        problems += wrong or other_base_problems(f"{flag} {base_name}", adapter, folder)
+        if not recorded_weights(adapter):
+            why = "records no values of its base" if (adapter / SETTINGS_NAME).is_file() else "is missing"
+            logger.warning("%s %s: of the base only names and shapes are checked", adapter / SETTINGS_NAME, why)
+        tokenizer = None
+        try:
+            tokenizer = load_tokenizer(adapter, base=folder)
+        except ValueError as error:
+            problems.append(str(error))
         with torch.device("meta"):
             model = MiniCPMV(config)
         own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in found}
@@ -452,13 +461,11 @@ def _adapter_problems(adapter: Path) -> list[str]:
             found = f"is no adapter; expected adapter_config.json, found {', '.join(names[:5]) or 'nothing'}"
         return [f"--adapter {adapter}: {found}"]
     problems = weights_with_code(adapter)
-    if not any((adapter / name).is_file() for name in ADAPTER_FILES):
-        problems.append(f"--adapter {adapter}: holds no adapter_model.safetensors, the LoRA matrices")
-    if not (adapter / EXTRA_WEIGHTS_NAME).is_file():
-        problems.append(
-            f"--adapter {adapter}: {EXTRA_WEIGHTS_NAME} is missing: the folder holds an adapter without the other "
-            "trained weights"
-        )
+    problems += [f"--adapter {problem}" for problem in missing_in_adapter(adapter)]
+    try:
+        resolved_settings(adapter)
+    except ValueError as error:
+        problems.append(f"--adapter {error}")
     return problems
 
 
@@ -495,8 +502,10 @@ def _damage(file: Path) -> str | None:
     """Why a file of weights cannot be read; files that hold code have been sorted out before."""
     try:
         describe(file)
-    except (SafetensorError, RuntimeError, OSError, EOFError, ValueError, UnpicklingError) as error:
-        return f"{file}: cannot be read ({error}); copy or download it anew"
+    except OSError as error:
+        return f"{file}: cannot be read ({error})"
+    except ValueError as error:  # names the file
+        return str(error)
     return None
 
 
@@ -543,41 +552,13 @@ def _weight_problems(
     return problems[:10]
 
 
-def _sample_problems(where: str, adapter: Path, base: Path) -> list[str]:
-    """Whether the base is the one that the adapter was trained on, as far as `training_settings.json` tells."""
-    recorded = recorded_weights(adapter)
-    if not recorded:
-        logger.warning("%s: no %s that says what its base was like; only shapes are checked", adapter, SETTINGS_NAME)
-        return []
-    found = sample_weights(base)
-    other = [name for name, values in recorded.items() if found and not _same(values, found.get(name))]
-    if not other:
-        return []
-    return [
-        f"{where}: is not the base that the adapter was trained on: {len(other)} of {len(recorded)} matrices that were "
-        f"looked at have other values ({other[0]}); name the right one with --base DIR"
-    ]
-
-
-def _same(recorded: str, found: str | None) -> bool:
-    """Whether values, with spaces, are the same but for the rounding of one of them to 16 bits."""
-    if found is None or len(recorded.split()) != len(found.split()):
-        return False
-    left, right = (torch.tensor(list(map(float, values.split()))) for values in (recorded, found))
-    return any(
-        torch.equal(left.to(dtype).float(), right) or torch.equal(right.to(dtype).float(), left)
-        for dtype in (torch.float32, torch.bfloat16, torch.float16)
-    )
-
-
-def _tokenizer_of(adapter: Path, base: Path, problems: list[str]) -> object:
-    """The adapter's, or where it has none the base's."""
-    folder = adapter if (adapter / "tokenizer_config.json").is_file() else base
-    try:
-        return load_tokenizer(folder)
-    except ValueError as error:
-        problems.append(str(error))
-        return None
+def _merged_settings(adapter: Path, dtype: torch.dtype | None) -> dict:
+    """`training_settings.json` of the new checkpoint: the adapter's, and where it comes from. It is loaded in the dtype
+    that it was trained in, but for a `dtype` that was asked for: others could lose what that one keeps."""
+    settings = read_record(adapter / SETTINGS_NAME)
+    if dtype is not None:
+        settings["resolved"] = {**resolved_settings(adapter), "dtype": str(dtype).removeprefix("torch.")}
+    return {**settings, "merged_from": str(adapter.resolve())}
 
 
 def _write_all_but_weights(config: MiniCPMVConfig, source: Path, tokenizer: object, folder: Path) -> None:
@@ -621,6 +602,8 @@ def _compare(file: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def _output_problems(output: Path) -> list[str]:
+    if output.is_dir() and os.path.ismount(output.resolve()):
+        return [f"--output {output}: is where a disk is mounted, which cannot be replaced; name a folder within it"]
     if output.is_file():
         return [f"--output {output}: is a file; name a folder, new or empty"]
     if output.is_dir() and any(output.iterdir()):
@@ -697,7 +680,7 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--base", help="the adapter's base: folder or hub name; default: as adapter_config.json says")
     parser.add_argument("--max_shard_size", help="most bytes in a file of weights, such as 500MB; default: 5GB")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the merged weights; default: as the base stores them")
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), help="of the merged weights; auto: as the base has them")
     parser.add_argument("--cache_dir", help="folder for what is downloaded from the hub")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.WARNING, format="merge_lora.py: %(message)s")

@@ -7,7 +7,6 @@ wrote, or changed, stays as it is.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from finetune.checkpoints import STATE
-from finetune.loading import SETTINGS_NAME
+from finetune.checkpoints import MANIFEST, STATE
+from finetune.loading import SETTINGS_NAME, read_record
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 
 CARD = "README.md"
@@ -24,7 +23,7 @@ MARK = re.compile(r"<!-- written by finetune/model_card\.py, ([0-9a-f]{64}) -->\
 PEFT_FORM = "# Model Card for Model ID"
 HUB_NAMES = {"llama3": "openbmb/MiniCPM-Llama3-V-2_5", "minicpm": "openbmb/MiniCPM-V-2"}
 KEPT = ("license", "license_name", "license_link", "language", "datasets")  # what a user adds to an adapter's card
-SPEED = ("runtime", "per_second", "flos")  # in the names of figures that say nothing about the model
+SPEED = ("runtime", "seconds", "per_second", "flos")  # in the names of figures that say nothing about the model
 
 LOAD_ADAPTER = """The folder holds an adapter and, in `vpm_resampler_embedtokens.pt`, every other tensor that was trained. With the
 finetuning toolkit that wrote it:
@@ -55,6 +54,7 @@ def write_card(
     merged_from: str | os.PathLike | None = None,
     history: Sequence[Mapping] | None = None,
     settings: Mapping | None = None,
+    loaded_step: int | None = None,
 ) -> bool:
     """Write the card of a training result, a checkpoint of a run, or a merged checkpoint.
 
@@ -65,6 +65,8 @@ def write_card(
             somebody wrote into its card stays.
         history: figures in the order in which they were logged; None: those of `trainer_state.json`.
         settings: None: those of `training_settings.json`.
+        loaded_step: the step whose weights the folder holds, where training went on after it: what was logged later is
+            left out.
 
     Returns:
         False when a README.md that is not ours was left as it is.
@@ -74,9 +76,14 @@ def write_card(
         return False
     source = folder if merged_from is None else Path(merged_from)
     if settings is None:
-        settings = _read(source / SETTINGS_NAME)
+        settings = read_record(source / SETTINGS_NAME)
     if history is None:
-        history = _read(source / STATE).get("log_history", [])
+        state = read_record(source / STATE)
+        history = state.get("log_history", [])
+        if loaded_step is None and not _is_checkpoint(source) and _loads_best(settings):
+            loaded_step = state.get("best_global_step")
+    if loaded_step:
+        history = [entry for entry in history if entry.get("step", 0) <= loaded_step]
     adapter = (folder / "adapter_config.json").is_file()
     if not settings and (folder / "config.json").is_file():
         settings = {"resolved": {"llm_type": MiniCPMVConfig.from_pretrained(folder).llm_type}}
@@ -104,8 +111,14 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether it is a step of a run, not the run's result."""
+    return (folder / MANIFEST).is_file() or re.fullmatch(r"checkpoint-\d+", folder.name) is not None
+
+
+def _loads_best(settings: Mapping) -> bool:
+    """Whether the result of a run is its best step, not its last."""
+    return bool(settings.get("arguments", {}).get("training", {}).get("load_best_model_at_end"))
 
 
 def _card(

@@ -96,6 +96,7 @@ class CPMTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.settings = settings
         self._aside: Path | None = None  # where a checkpoint is being written
+        self._best_loaded = False  # at the end of the run
         self._saved_step: int | None = None  # of the newest checkpoint
         self._result_step: int | None = None  # of the result in output_dir
         self.group_elements = group_elements
@@ -316,7 +317,13 @@ class CPMTrainer(Trainer):
         """Our card in the place of Trainer's, which takes what is to be on it as arguments; see `model_card.py`."""
         if self.is_world_process_zero() or self.args.save_on_each_node:
             run = Path(self.args.output_dir)
-            write_card(output_dir or run, run.resolve().name, history=self.state.log_history, settings=self.settings)
+            write_card(
+                output_dir or run,
+                run.resolve().name,
+                history=self.state.log_history,
+                settings=self.settings,
+                loaded_step=self.state.best_global_step if self._best_loaded and self._aside is None else None,
+            )
 
     def _save_checkpoint(self, model: nn.Module, trial) -> None:
         """As in Trainer, but written aside, checked and renamed (see `checkpoints.py`), and once for a step. Overrides
@@ -369,6 +376,7 @@ class CPMTrainer(Trainer):
         if self.guard.signal:  # the run is not over
             return
         super()._load_best_model()
+        self._best_loaded = True
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
 

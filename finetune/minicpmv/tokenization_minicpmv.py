@@ -10,7 +10,8 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "token", "revision", "local_file
 
 
 class SpecialTokens:
-    """Names and ids of the tokens that picture placeholders are made of."""
+    """Names and ids of the tokens that picture placeholders are made of. The processor code of the checkpoints on the
+    hub reads them here, also those that nothing in this package needs (`bos_id`, `eos_id`, the slices')."""
 
     im_start, im_end = "<image>", "</image>"
     slice_start, slice_end = "<slice>", "</slice>"
