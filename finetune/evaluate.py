@@ -394,10 +394,10 @@ def matched(task: Task, before: Sequence[dict], name: str) -> list[dict]:
             f"--compare {name}: has answers to other questions ({len(missing)} of these {len(keys)} are missing there, "
             f"it has {len(others)}); evaluate both with the same --data_path and --limit"
         )
-    if len(before) > len(others) or len(keys) > len(others):
+    if twice := max(len(before), len(keys)) - len(others):
         raise UserError(
-            f"--compare {name}: {max(len(before), len(keys)) - len(others)} questions are there twice (the same file, "
-            "sample and turn), so that it cannot be told which answers belong together; name each data file once"
+            f"--compare {name}: {twice} answers have the same file, sample and turn as another one, so that it cannot "
+            "be told which belong together; evaluate anew what it is compared with"
         )
     return [others[key] for key in keys]
 

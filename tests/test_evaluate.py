@@ -435,7 +435,7 @@ def test_line_separators_in_texts(call, tmp_path, eval_file, monkeypatch):
 
 
 def test_files_of_the_same_name_are_told_apart(call, tmp_path):
-    """Also where they have moved together; the same file twice cannot be."""
+    """Also where they have moved together; answers that are there twice are refused."""
     for name in ("a", "b"):
         (tmp_path / "data" / name).mkdir(parents=True)
         sample = {"id": name, "conversations": turns("What?", "Yes.")}
@@ -451,12 +451,12 @@ def test_files_of_the_same_name_are_told_apart(call, tmp_path):
     found = [(record["id"], record["before"]["answer"]) for record in read(tmp_path / "again")[1]]
     assert found == [("b", "B"), ("a", "A")]
 
-    assert call("--data_path", files[0], files[0], output="twice")[0] == 0
-    status, _, err = call("--data_path", files[0], files[0], "--compare", tmp_path / "twice", output="no")
-    assert status == 1 and "1 questions are there twice" in err and not (tmp_path / "no.incomplete").exists()
+    answers.write_text("".join(f"{json.dumps(record)}\n" for record in [*records, records[0]]))
+    status, _, err = call("--data_path", *files, "--compare", tmp_path / "out", output="no")
+    assert status == 1 and "1 answers have the same file" in err and not (tmp_path / "no.incomplete").exists()
 
 
-def test_the_base_of_a_compared_adapter(call, tiny, tmp_path, monkeypatch):
+def test_the_base_of_a_compared_adapter(call, tiny, tmp_path):
     """--base is for each model of the call that is an adapter."""
     folders = [tmp_path / "one", tmp_path / "two"]
     for seed, folder in enumerate(folders):
