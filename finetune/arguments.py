@@ -1,4 +1,7 @@
-"""Command-line arguments of finetune.py: what each does, and which combinations are refused before any weight loads."""
+"""Command-line arguments of finetune.py: what each does, and which combinations are refused before any weight loads.
+
+Also what chat.py and evaluate.py have in common: which model a flag names, and in which dtype and where it is loaded.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,14 @@ from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 from transformers.utils import is_liger_kernel_available
 
 from finetune.checkpoints import checkpoint_steps, fault, newest_complete, newest_everywhere
-from finetune.errors import UserError
+from finetune.errors import ProcessError, UserError
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     EXTRA_WEIGHTS_NAME,
     SETTINGS_NAME,
     base_of_adapter,
     is_hub_name,
+    load_finetuned,
     missing_in_adapter,
     resolved_settings,
     weights_with_code,
@@ -34,6 +38,7 @@ from finetune.zero import without_communication
 
 logger = logging.getLogger("finetune")
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
 LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
@@ -47,6 +52,9 @@ class ModelArguments:
     attn_implementation: str = field(
         default="sdpa", metadata={"help": "Attention kernels: sdpa, flash_attention_2 (if installed) or eager."}
     )
+
+    def __post_init__(self):
+        self.model_name_or_path = at_home(self.model_name_or_path)
 
 
 @dataclass
@@ -344,20 +352,32 @@ def _deepspeed_problem(path: str) -> str | None:
     return None
 
 
+def at_home(path: str) -> str:
+    """The path with `~` as the home; as it is, where that is nobody's."""
+    try:
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    except RuntimeError:
+        return path
+
+
 def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_name_or_path") -> MiniCPMVConfig | str:
     """The configuration of the checkpoint `path` (a folder, or its name on the hub), or, in one sentence that begins
-    with the flag, why there is none."""
-    if not Path(path).is_dir() and not is_hub_name(path):
-        return f"{flag} {path}: there is no such folder, and it is no hub name (owner/name)"
+    with the flag, why there is none. A name whose first part is a folder here is a mistyped path, none on the hub."""
+    named, path = f"{flag} {path}", at_home(path)
+    if not Path(path).is_dir():
+        if not is_hub_name(path):
+            return f"{named}: there is no such folder, and it is no hub name (owner/name)"
+        if (parent := Path(path).parent).is_dir():
+            return f"{named}: there is no such folder (nor is it taken for a hub name, since {parent} is a folder here)"
     try:
         # Looked at before anything is made of it: of another kind, it may ask for code of its own to be run.
         kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
         if kind != MiniCPMVConfig.model_type:
-            return f"{flag} {path}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
+            return f"{named}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         _ = config.llm_type
     except (OSError, ValueError) as error:
-        return f"{flag} {path}: {error}"
+        return f"{named}: {error}"
     return config
 
 
@@ -387,13 +407,9 @@ def find_model(path: str, base: str | None = None, cache_dir: str | None = None,
         UserError: saying what is there in place of a model.
     """
     named = f"{flag} {path}"
-    folder = Path(path).expanduser()
+    folder = Path(at_home(path))
     if folder.is_file():
         raise UserError(f"{named}: is a file; name the folder of the model")
-    if not folder.is_dir() and is_hub_name(path) and folder.parent.is_dir():
-        raise UserError(
-            f"{named}: there is no such folder (nor is it taken for a hub name, since {folder.parent} is a folder here)"
-        )
     if folder.is_dir():
         path = str(folder)
         if (folder / ADAPTER_CONFIG_NAME).is_file():
@@ -414,15 +430,16 @@ def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str
     if problems := missing_in_adapter(path):
         raise UserError("\n".join(f"{flag} {problem}" for problem in problems))
     try:
-        config = load_config(base or base_of_adapter(path), cache_dir, "--base" if base else f"{flag} {path}: its base")
+        place = base or base_of_adapter(path)
+        config = load_config(place, cache_dir, "--base" if base else f"{flag} {path}: its base")
         settings = resolved_settings(path)
     except ValueError as error:
         raise UserError(f"{flag} {error}") from error
     if isinstance(config, str):
-        raise UserError(config)
+        raise UserError(config if base else f"{config}; say where the base model is now (--base DIR)")
     if "slicing" in settings:
         config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
-    return FoundModel("adapter", path, base or base_of_adapter(path), config, settings.get("dtype"))
+    return FoundModel("adapter", path, at_home(place), config, settings.get("dtype"))
 
 
 def _in_place_of_a_model(folder: str) -> str:
@@ -432,6 +449,60 @@ def _in_place_of_a_model(folder: str) -> str:
             return "holds no model, but checkpoints, none of which is complete"
         return f"holds no model, but checkpoints; name one of them, the newest is {newest}"
     return f"holds no model: neither config.json (a checkpoint) nor {ADAPTER_CONFIG_NAME} (an adapter)"
+
+
+def uses_gpu(device: str) -> bool:
+    """Whether a model is put on GPUs.
+
+    Args:
+        device: auto, cpu or cuda, as `--device` says.
+    """
+    return device != "cpu" and torch.cuda.is_available()
+
+
+def choose_dtype(asked: str, found: FoundModel, on_gpu: bool) -> tuple[str, str | None]:
+    """Name of the dtype to load a model in, and what the user should know of it.
+
+    auto: as the model was trained, else as its files are; without bfloat16 on the GPU float16 in its place; on a CPU
+    bfloat16 in the place of float16, with which products of matrices take several times as long there.
+    """
+    if asked != "auto":
+        slow = asked == "float16" and not on_gpu
+        remark = "float16 is slow on CPUs; --dtype bfloat16 takes as much memory, float32 twice as much"
+        return asked, remark if slow else None
+    wanted = found.trained_in or str(found.config.dtype or torch.float32).removeprefix("torch.")
+    if on_gpu and wanted == "bfloat16" and not found_precision(use_cpu=False)[0]:
+        return "float16", "this GPU does not compute in bfloat16: loading in float16"
+    if not on_gpu and wanted == "float16":
+        remark = "loading in bfloat16, since float16 is slow on CPUs; --dtype float32 is exact, in twice the memory"
+        return "bfloat16", remark
+    return wanted if wanted in DTYPES else "float32", None
+
+
+def load_found(
+    found: FoundModel, dtype: str, device: str, processes: int = 1, cache_dir: str | None = None
+) -> tuple[torch.nn.Module, object]:
+    """The model in evaluation mode, and its tokenizer: on one GPU, on all of them, or on the CPU.
+
+    Args:
+        dtype: its name.
+        device: auto (of one process: all GPUs), cpu or cuda.
+        processes: of the call; each of several takes the GPU that it has set.
+
+    Raises:
+        ProcessError: when it cannot be loaded.
+    """
+    device_map: object = None  # without a map on CPUs, or peft would spread the model over the GPUs again
+    if uses_gpu(device):
+        device_map = "auto" if device == "auto" and processes == 1 else {"": torch.cuda.current_device()}
+    base = found.base if found.kind == "adapter" else None
+    try:
+        return load_finetuned(found.path, base, dtype=DTYPES[dtype], device_map=device_map, cache_dir=cache_dir)
+    except torch.OutOfMemoryError as error:
+        cause = f"out of GPU memory in {dtype} ({str(error).splitlines()[0]}); try --dtype bfloat16 or --device cpu"
+        raise ProcessError(f"the model {found.path} cannot be loaded: {cause}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ProcessError(f"the model {found.path} cannot be loaded: {' '.join(str(error).split())}") from error
 
 
 def check_arguments(

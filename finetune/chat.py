@@ -5,7 +5,8 @@
 
 The model is a checkpoint as downloaded (a folder, or its name on the hub), one that training wrote, or an adapter.
 Without --question, a conversation in the terminal, or with lines from a pipe; with --json, questions as JSON Lines.
-Answers go to stdout, everything else to stderr. Exit status: 0, or 1 when something could not be answered.
+Answers go to stdout, everything else to stderr. Exit status: 0, 1 when something could not be answered, 2 when the
+call itself is wrong.
 """
 
 from __future__ import annotations
@@ -32,9 +33,8 @@ from peft import PeftModel
 from PIL import Image
 from transformers.hf_argparser import string_to_bool
 
-from finetune.arguments import FoundModel, find_model, found_precision
+from finetune.arguments import DTYPES, FoundModel, at_home, choose_dtype, find_model, load_found, uses_gpu
 from finetune.errors import UserError
-from finetune.loading import load_finetuned
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.conversation import IMAGE_MARK, place_pictures
 from finetune.minicpmv.modeling_minicpmv import BEAM_SEARCH, SAMPLING
@@ -45,7 +45,6 @@ logger = logging.getLogger("finetune.chat")
 
 ONLY_SAMPLING = ("temperature", "top_p", "top_k")
 GENERATION = (*ONLY_SAMPLING, "repetition_penalty", "num_beams")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 JSON_KEYS = ("question", "image", "id")
 INTERRUPTED = 130  # exit status of programs that Ctrl-C ended
 HISTORY_LINES = 1000
@@ -55,6 +54,14 @@ HELP = """\
   /help             this list
   /quit             end, as Ctrl-D does
 Ctrl-C stops an answer. A message that begins with / needs a space in front."""
+
+
+class WrongCall(UserError):
+    """What is wrong with the flags, the files that they name, or the model; found before any weight is loaded."""
+
+
+class PromptTooLong(ValueError):
+    """More tokens than `--max_inp_length`, or than the model takes."""
 
 
 class Answer(NamedTuple):
@@ -91,11 +98,8 @@ class Asker:
         self.model: MiniCPMV = model.get_base_model() if isinstance(model, PeftModel) else model
         self.tokenizer = tokenizer
         self.settings = self.model.chat_settings(tokenizer, sampling, **(generation or {}))
-        self.prompt = {
-            "system_prompt": system_prompt,
-            "max_inp_length": max_inp_length,
-            "max_slice_nums": max_slice_nums,
-        }
+        self.prompt = {"system_prompt": system_prompt, "max_slice_nums": max_slice_nums}
+        self.max_inp_length = max_inp_length
         self.seed = seed
 
     @property
@@ -121,6 +125,7 @@ class Asker:
             write: gets the answer in pieces, as they are made where the model `streams`.
 
         Raises:
+            PromptTooLong: when the prompt is longer than `max_inp_length`, or leaves no room for an answer.
             ValueError: see `MiniCPMV.chat`; on text that is no Unicode.
         """
         if not is_text(messages[-1]["content"]):
@@ -136,10 +141,11 @@ class Asker:
                 write(piece)
 
         try:
-            inputs = self.model.chat_inputs(images, messages, self.tokenizer, **self.prompt)
+            inputs = self.model.chat_inputs(images, messages, self.tokenizer, **self.prompt, max_inp_length=sys.maxsize)
             prompt_tokens = inputs["input_ids"].shape[1]
+            settings = self._fitting(prompt_tokens)
             if self.streams:
-                stream = self.model.stream_answer(inputs, self.tokenizer, **self.settings)
+                stream = self.model.stream_answer(inputs, self.tokenizer, **settings)
                 token_ids = stream.token_ids
                 try:
                     for piece in stream:
@@ -147,11 +153,34 @@ class Asker:
                 finally:
                     stream.close()
             else:
-                token_ids = self.model.generate(inputs, **self.settings)[0].tolist()
+                token_ids = self.model.generate(inputs, **settings)[0].tolist()
                 say(answer_text(token_ids, self.tokenizer))
         except KeyboardInterrupt:
             stopped = True
         return Answer("".join(said), prompt_tokens, len(token_ids), time.perf_counter() - start, stopped)
+
+    def _fitting(self, prompt_tokens: int) -> dict:
+        """The settings, with no more new tokens than fit behind the prompt; where that is less, the user is told."""
+        whole = self.model.config.max_position_embeddings
+        room = whole - prompt_tokens
+        if prompt_tokens > self.max_inp_length:
+            raise PromptTooLong(
+                f"the prompt has {prompt_tokens} tokens, more than --max_inp_length {self.max_inp_length}; raise it "
+                f"(up to {whole}), lower --max_slice_nums or say less"
+            )
+        if room < 1:
+            raise PromptTooLong(
+                f"the prompt has {prompt_tokens} tokens, and the model takes {whole}, prompt and answer together; "
+                "lower --max_slice_nums or say less"
+            )
+        asked = self.settings.get("max_new_tokens")
+        if asked is None or asked <= room:
+            return self.settings
+        logger.warning(
+            "the answer can have %d tokens in place of --max_new_tokens %d: with its prompt it may have %d",
+            *(room, asked, whole),
+        )
+        return {**self.settings, "max_new_tokens": room}
 
 
 class Conversation:
@@ -176,7 +205,12 @@ class Conversation:
         text, images = self._with_marks(text)
         messages = [*self.messages, {"role": "user", "content": text}]
         images = self.images + images
-        answer = self.asker.answer(messages, images, write)
+        try:
+            answer = self.asker.answer(messages, images, write)
+        except PromptTooLong as error:
+            if not self.messages:
+                raise
+            raise PromptTooLong(f"{error}, or forget the conversation with /reset") from error
         if answer.text or not answer.stopped:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
             self.images, self.waiting = images, []
@@ -201,25 +235,18 @@ def open_picture(path: str) -> Image.Image:
     Raises:
         ValueError: naming the file, when it cannot be used.
     """
-    return load_image(_at_home(path))
-
-
-def _at_home(path: str) -> str:
-    try:
-        return str(Path(path).expanduser())
-    except RuntimeError:  # nobody's home
-        return path
+    return load_image(at_home(path))
 
 
 def named_files(text: str) -> list[str]:
     """The paths behind `/image`: one with spaces, where such a file exists; else several, quoted as in a shell."""
-    if os.path.exists(_at_home(text)):
+    if os.path.exists(at_home(text)):
         return [text]
     try:
         paths = shlex.split(text)
     except ValueError:  # an apostrophe in a name
         return [text]
-    return paths if any(os.path.exists(_at_home(path)) for path in paths) else [text]
+    return paths if any(os.path.exists(at_home(path)) for path in paths) else [text]
 
 
 def converse(asker: Asker, images: Sequence[Image.Image]) -> int:
@@ -235,7 +262,7 @@ def converse(asker: Asker, images: Sequence[Image.Image]) -> int:
     if at_terminal:
         logger.info("/help lists the commands, Ctrl-D ends")
     failed = False
-    for line in _typed_lines(conversation) if at_terminal else sys.stdin:
+    for line in _typed_lines(conversation) if at_terminal else _piped_lines():
         command, _, rest = line.rstrip("\n").partition(" ")
         try:
             if command in ("/quit", "/exit"):
@@ -250,6 +277,12 @@ def converse(asker: Asker, images: Sequence[Image.Image]) -> int:
             failed = True
             logger.error("%s", _one_line(error))
     return 1 if failed and not at_terminal else 0
+
+
+def _piped_lines() -> Iterator[str]:
+    """The lines of stdin, without the mark that some editors put at the beginning of a file."""
+    for number, line in enumerate(sys.stdin):
+        yield line if number else line.removeprefix("\ufeff")
 
 
 def _say(conversation: Conversation, text: str) -> bool:
@@ -353,7 +386,7 @@ def _completion(line: str, number: int) -> str | None:
         head, slash, begin = line[match.end() :].rpartition("/")
         found = []
         with suppress(OSError):
-            for entry in sorted(Path(_at_home(head + slash)).iterdir()):
+            for entry in sorted(Path(at_home(head + slash)).iterdir()):
                 if entry.name.startswith(begin):
                     found.append(match[0] + head + slash + entry.name + "/" * entry.is_dir())
     return found[number] if line and number < len(found) else None
@@ -370,7 +403,7 @@ def answer_json_lines(asker: Asker, record: Callable[..., dict]) -> int:
         exit status: 1 when a line could not be answered.
     """
     failed = False
-    for number, line in enumerate(sys.stdin, start=1):
+    for number, line in enumerate(_piped_lines(), start=1):
         if not line.strip():
             continue
         told: dict = {"line": number}
@@ -513,30 +546,12 @@ def model_problems(arguments: argparse.Namespace, config: MiniCPMVConfig) -> lis
             f"--max_inp_length {arguments.max_inp_length}: the language model was made for at most "
             f"{config.max_position_embeddings} tokens"
         )
-    return problems
-
-
-def choose_dtype(asked: str, found: FoundModel, on_gpu: bool) -> torch.dtype:
-    """The dtype to load in, and a word to the user where it is not that of the weight files.
-
-    auto: as in training, else as in the checkpoint; on GPUs without bfloat16 float16 in its place. On CPUs bfloat16 in
-    the place of float16, with which products of matrices take several times as long.
-    """
-    if asked != "auto":
-        if asked == "float16" and not on_gpu:
-            logger.warning("float16 is slow on CPUs; --dtype bfloat16 takes as much memory, float32 twice as much")
-        return DTYPES[asked]
-    stored = str(found.config.dtype or torch.float32).removeprefix("torch.")
-    wanted = found.trained_in or stored
-    if on_gpu and wanted == "bfloat16" and not found_precision(use_cpu=False)[0]:
-        logger.warning("this GPU does not compute in bfloat16: loading in float16")
-        return torch.float16
-    if not on_gpu and wanted == "float16":
-        logger.warning(
-            "loading in bfloat16, since float16 is slow on CPUs; --dtype float32 is exact, in twice the memory"
+    if arguments.max_new_tokens >= config.max_position_embeddings:
+        problems.append(
+            f"--max_new_tokens {arguments.max_new_tokens}: the language model was made for at most "
+            f"{config.max_position_embeddings} tokens, question and answer together"
         )
-        return torch.bfloat16
-    return DTYPES.get(wanted, torch.float32)
+    return problems
 
 
 def load_asker(arguments: argparse.Namespace, found: FoundModel) -> tuple[Asker, dict]:
@@ -545,23 +560,16 @@ def load_asker(arguments: argparse.Namespace, found: FoundModel) -> tuple[Asker,
     Raises:
         UserError: when it cannot be loaded.
     """
-    on_gpu = arguments.device != "cpu" and torch.cuda.is_available()
-    dtype = choose_dtype(arguments.dtype, found, on_gpu)
-    # One GPU, or all that there are; without a map on CPUs, or peft would spread the model over the GPUs again.
-    device_map = None if not on_gpu else {"": 0} if arguments.device == "cuda" else "auto"
-    name = str(dtype).removeprefix("torch.")
+    on_gpu = uses_gpu(arguments.device)
+    dtype, remark = choose_dtype(arguments.dtype, found, on_gpu)
+    if remark:
+        logger.warning(remark)
     logger.info(
         "%s %s%s: %s, %s on the %s",
         *(found.kind, found.path, f" of {found.base}" * (found.kind == "adapter"), LLM_TYPES[found.config.llm_type]),
-        *(name, "GPU" if on_gpu else "CPU"),
+        *(dtype, "GPU" if on_gpu else "CPU"),
     )
-    base = found.base if found.kind == "adapter" else None
-    try:
-        model, tokenizer = load_finetuned(
-            found.path, base, dtype=dtype, device_map=device_map, cache_dir=arguments.cache_dir
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # OSError: no weight files; RuntimeError: they do not fit
-        raise UserError(f"--model {found.path}: cannot be loaded: {_one_line(error)}") from error
+    model, tokenizer = load_found(found, dtype, arguments.device, cache_dir=arguments.cache_dir)
     given = {name: getattr(arguments, name) for name in GENERATION if getattr(arguments, name) is not None}
     asker = Asker(
         model,
@@ -582,7 +590,7 @@ def load_asker(arguments: argparse.Namespace, found: FoundModel) -> tuple[Asker,
         "max_slice_nums": slices,
         "system_prompt": arguments.system_prompt,
         "seed": arguments.seed,
-        "dtype": name,
+        "dtype": dtype,
         "device": asker.model.device.type,
     }
     return asker, settings
@@ -592,7 +600,8 @@ def run(arguments: argparse.Namespace) -> int:
     """The program, after its flags; returns the exit status.
 
     Raises:
-        UserError, ValueError: what is wrong with flags, pictures, the model or the question.
+        WrongCall: with all that is wrong with flags, pictures and the model.
+        ValueError: when the model cannot be loaded, or the question not be answered.
     """
     problems, found, pictures = flag_problems(arguments), None, []
     try:
@@ -606,7 +615,7 @@ def run(arguments: argparse.Namespace) -> int:
         except ValueError as error:
             problems.append(f"--image: {error}")
     if problems:
-        raise UserError("\n".join(problems))
+        raise WrongCall("\n".join(problems))
     asker, settings = load_asker(arguments, found)
 
     def record(question: str, images: Sequence[str], answer: Answer) -> dict:
@@ -646,6 +655,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logger.setLevel(logging.INFO)
     # The penalty counts the tokens of the answer alone, as in the original; transformers says so with every answer.
     warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
+    # Flags that PEFT still uses are renamed in transformers 5 and work until 6.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = build_parser().parse_args(argv)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if hasattr(stream, "reconfigure"):  # bytes that are no text are seen; a terminal without a character shows ?
@@ -656,7 +667,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         lines = str(error).splitlines() if isinstance(error, UserError) else [_one_line(error)]
         if arguments.json:
             _write_json({"error": "; ".join(lines)})
-        sys.exit("\n".join(f"chat.py: {line}" for line in lines))
+        sys.stderr.write("".join(f"chat.py: {line}\n" for line in lines))
+        status = 2 if isinstance(error, WrongCall) else 1
     except KeyboardInterrupt:
         if sys.stdout.isatty():
             _write("\n")

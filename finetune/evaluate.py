@@ -37,7 +37,7 @@ from PIL import Image
 from tqdm import tqdm
 from transformers.hf_argparser import string_to_bool
 
-from finetune.arguments import FoundModel, find_model, found_precision
+from finetune.arguments import DTYPES, FoundModel, at_home, choose_dtype, find_model, load_found, uses_gpu
 from finetune.checks import Problem, report_problems
 from finetune.data_files import Samples, load_samples
 from finetune.dataset import SampleError, SupervisedDataset
@@ -45,17 +45,17 @@ from finetune.errors import ProcessError, UserError, is_main_of_node, over_proce
 from finetune.evaluation_page import write_evaluation
 from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers
 from finetune.guards import die_with_launcher
-from finetune.loading import load_finetuned, load_tokenizer
+from finetune.loading import ADAPTER_CONFIG_NAME, load_tokenizer
 from finetune.machines import end_together
 from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
 from finetune.minicpmv import LLM_TYPES
 from finetune.minicpmv.conversation import text_turns
+from finetune.minicpmv.modeling_minicpmv import SAMPLING
 from finetune.pictures import map_pictures, resolve
 from finetune.reporting import versions
 
 logger = logging.getLogger("finetune")
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ANSWERS, METRICS_NAME, PAGE = "answers.jsonl", "metrics.json", "evaluation.html"
 IDENTITY = "evaluation.json"  # in the folder of an unfinished evaluation: what it is of
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,8 +70,6 @@ class Task:
     """A model with the questions that it shall answer, before any weight is loaded."""
 
     found: FoundModel
-    base: str | None
-    """of an adapter, where the call names it"""
     dataset: SupervisedDataset
     questions: list[Question]
     problems: list[Problem]
@@ -84,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="folder of a checkpoint or adapter, or the name of a checkpoint on the hub")
-    add("--base", help="of an adapter: base model, where it is not in the place that the adapter names")
+    add("--base", help="base model of adapters, where it is not in the place that they name")
     add("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
     add("--output", required=True, type=Path, help="folder for the result; it must be empty or not there")
     add("--compare", metavar="BEFORE", help="a model that is evaluated first, or the --output of an earlier evaluation")
@@ -105,10 +103,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max_slice_nums", type=int, help="most slices of a picture; default: as the model was trained")
     add("--num_beams", type=int, default=1, help="1 (default): greedy; more: beam search")
     add("--temperature", type=float, default=0.0, help="0 (default): no sampling; above: sampling")
-    add("--top_p", type=float, default=0.8, help="with sampling: from the likeliest tokens of this part; default: 0.8")
+    add(
+        "--top_p",
+        type=float,
+        help=f"with sampling: from the likeliest tokens of this part; default: {SAMPLING['top_p']}",
+    )
+    add("--top_k", type=int, help=f"with sampling: from so many tokens; 0: all; default: {SAMPLING['top_k']}")
     add("--repetition_penalty", type=float, default=1.0, help="above 1: against repetition; default: 1")
     add("--seed", type=int, default=0, help="of the sampling; default: 0")
-    add("--dtype", choices=("auto", *DTYPES), default="auto", help="default: auto, as in training; float32 on CPUs")
+    add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: auto, as in training")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto, GPUs where there are any")
     add("--num_workers", type=int, help="processes that load pictures, per GPU; default: 4, or as many as cores")
     add("--report_samples", type=int, default=200, help="most answers in evaluation.html; default: 200")
@@ -120,24 +123,32 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
     """All that is wrong with the arguments, one line each; nothing is loaded."""
     wrong = []
     at_least = {"batch_size": 1, "max_new_tokens": 1, "max_inp_length": 1, "max_slice_nums": 1, "num_beams": 1}
-    for flag, least in {**at_least, "limit": 1, "num_workers": 0, "report_samples": 0, "temperature": 0}.items():
+    at_least |= {"limit": 1, "num_workers": 0, "report_samples": 0, "temperature": 0, "top_k": 0}
+    for flag, least in at_least.items():
         value = getattr(arguments, flag)
         if value is not None and value < least:
             wrong.append(f"--{flag} {value}: expected {least} or more")
-    if not 0 < arguments.top_p <= 1:
+    if arguments.top_p is not None and not 0 < arguments.top_p <= 1:
         wrong.append(f"--top_p {arguments.top_p}: expected more than 0, and 1 at most")
     if arguments.repetition_penalty <= 0:
         wrong.append(f"--repetition_penalty {arguments.repetition_penalty}: expected more than 0, such as 1.05")
     if arguments.temperature > 0 and arguments.num_beams > 1:
         wrong.append("--num_beams with --temperature: beam search does not sample; choose one")
+    for flag in ("top_p", "top_k"):
+        if getattr(arguments, flag) is not None and arguments.temperature == 0:
+            wrong.append(f"--{flag} {getattr(arguments, flag)}: only with sampling, such as --temperature 0.7")
     if arguments.image_folder and not Path(arguments.image_folder).is_dir():
         wrong.append(f"--image_folder {arguments.image_folder}: there is no such folder")
     if arguments.image_folder_only and not arguments.image_folder:
         wrong.append("--image_folder_only true needs --image_folder")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         wrong.append("--device cuda: PyTorch finds no GPU here")
-    if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
+    if arguments.output.exists() and not arguments.output.is_dir():
+        wrong.append(f"--output {arguments.output}: is a file; name a folder, new or empty")
+    elif arguments.output.is_dir() and any(arguments.output.iterdir()):
         wrong.append(f"--output {arguments.output}: is not empty; nothing is overwritten, name another folder")
+    elif os.path.ismount(arguments.output.resolve()):  # which no complete folder can be put in the place of
+        wrong.append(f"--output {arguments.output}: is a disk's own folder; name a folder within it")
     return wrong
 
 
@@ -260,19 +271,9 @@ def _answer(
     return records
 
 
-def on_gpu(arguments: argparse.Namespace) -> bool:
-    """Whether models are put on GPUs."""
-    return arguments.device != "cpu" and torch.cuda.is_available()
-
-
-def chosen_dtype(task: Task, arguments: argparse.Namespace) -> str:
-    """Name of the dtype to load a model in."""
-    if arguments.dtype != "auto":
-        return arguments.dtype
-    bf16, fp16 = found_precision(use_cpu=not on_gpu(arguments))
-    if bf16 and task.found.trained_in:
-        return task.found.trained_in
-    return "bfloat16" if bf16 else "float16" if fp16 else "float32"
+def chosen_dtype(task: Task, arguments: argparse.Namespace) -> tuple[str, str | None]:
+    """As `choose_dtype` says for this call."""
+    return choose_dtype(arguments.dtype, task.found, uses_gpu(arguments.device))
 
 
 def load_model(task: Task, arguments: argparse.Namespace) -> torch.nn.Module:
@@ -281,19 +282,12 @@ def load_model(task: Task, arguments: argparse.Namespace) -> torch.nn.Module:
     Raises:
         ProcessError: when it cannot be loaded.
     """
-    name = chosen_dtype(task, arguments)
-    device_map: object = None
-    if on_gpu(arguments):
-        device_map = "auto" if processes() == 1 and arguments.device == "auto" else {"": PartialState().device}
+    name, remark = chosen_dtype(task, arguments)
     if is_main():
         logger.info("loading %s (%s) in %s", task.found.path, task.found.kind, name)
-    try:
-        model, _ = load_finetuned(
-            task.found.path, task.base, dtype=DTYPES[name], device_map=device_map, cache_dir=arguments.cache_dir
-        )
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        raise ProcessError(f"the model {task.found.path} cannot be loaded: {error}") from error
-    return model
+        if remark:
+            logger.warning(remark)
+    return load_found(task.found, name, arguments.device, processes(), arguments.cache_dir)[0]
 
 
 def loader_processes(asked: int | None) -> int:
@@ -306,7 +300,9 @@ def generation_settings(arguments: argparse.Namespace) -> dict:
     """Generation arguments of transformers."""
     settings = {"max_new_tokens": arguments.max_new_tokens, "repetition_penalty": arguments.repetition_penalty}
     if arguments.temperature > 0:
-        return {**settings, "do_sample": True, "temperature": arguments.temperature, "top_p": arguments.top_p}
+        given = {name: getattr(arguments, name) for name in ("top_p", "top_k")}
+        draw = {name: SAMPLING[name] if value is None else value for name, value in given.items()}
+        return {**settings, "do_sample": True, "temperature": arguments.temperature, **draw}
     return {**settings, "num_beams": arguments.num_beams}
 
 
@@ -347,7 +343,7 @@ def _read_parts(folder: Path, name: str) -> dict[tuple[int, int], dict]:
     for path in sorted(folder.glob(f"{name}-*.jsonl")) if is_main_of_node() else []:
         text = path.read_text(encoding="utf-8", errors="replace")
         whole, _, rest = text.rpartition("\n")
-        for line in whole.splitlines():
+        for line in whole.split("\n") if whole else []:  # not splitlines: U+2028 and others may stand in a text
             record = json.loads(line)
             found[tuple(record.pop("key"))] = record
         if rest:
@@ -362,34 +358,46 @@ def read_answers(folder: Path) -> list[dict]:
         ValueError: naming a line that is no record.
     """
     records = []
-    for number, line in enumerate((folder / ANSWERS).read_text(encoding="utf-8").splitlines(), 1):
+    text = (folder / ANSWERS).read_text(encoding="utf-8").removesuffix("\n")
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             record = json.loads(line)
-            _ = [0 <= record[name] <= 1 for name in METRICS], hash(_key(record)), record["answer"]
+            _ = [0 <= record[name] <= 1 for name in METRICS], hash(_keys([record])[0]), record["answer"]
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / ANSWERS}, line {number}: is no answer of an evaluation ({error!r})") from error
         records.append(record)
     return records
 
 
-def _key(record: Mapping) -> tuple:
-    """What makes two records answers to the same question."""
-    return Path(record["file"]).name, record["sample"], record["turn"], record["question"], record["reference"]
+def _keys(records: Sequence[Mapping]) -> list[tuple]:
+    """For each record what makes two of them answers to the same question. Data may have moved since: a file is known
+    by its name, or, where several have the same, by its path within the folder that all of them are in."""
+    paths = {record["file"]: Path(record["file"]).absolute() for record in records}
+    names = {file: path.name for file, path in paths.items()}
+    if len(set(names.values())) < len(set(paths.values())):
+        top = os.path.commonpath([path.parent for path in paths.values()])
+        names = {file: str(path.relative_to(top)) for file, path in paths.items()}
+    return [(names[r["file"]], *(r[name] for name in ("sample", "turn", "question", "reference"))) for r in records]
 
 
 def matched(task: Task, before: Sequence[dict], name: str) -> list[dict]:
     """The records of an earlier evaluation, in the order of a task's questions.
 
     Raises:
-        UserError: when they are not answers to the same questions.
+        UserError: when they are not answers to the same questions, or it cannot be told which answers which.
     """
-    keys = [_key(make_record(task.dataset, question, Answer("", False))) for question in task.questions]
-    others = {_key(record): record for record in before}
+    keys = _keys([make_record(task.dataset, question, Answer("", False)) for question in task.questions])
+    others = dict(zip(_keys(before), before, strict=True))
     missing = [key for key in keys if key not in others]
     if missing or len(others) != len(set(keys)):
         raise UserError(
             f"--compare {name}: has answers to other questions ({len(missing)} of these {len(keys)} are missing there, "
             f"it has {len(others)}); evaluate both with the same --data_path and --limit"
+        )
+    if twice := max(len(before), len(keys)) - len(others):
+        raise UserError(
+            f"--compare {name}: {twice} answers have the same file, sample and turn as another one, so that it cannot "
+            "be told which belong together; evaluate anew what it is compared with"
         )
     return [others[key] for key in keys]
 
@@ -407,8 +415,8 @@ def summarise(
         **generation_settings(arguments),
         **{name: getattr(arguments, name) for name in ("max_inp_length", "batch_size", "limit", "seed", "bad_samples")},
         "max_slice_nums": task.found.config.slicing["max_slice_nums"],
-        "dtype": chosen_dtype(task, arguments),
-        "device": torch.cuda.get_device_name() if on_gpu(arguments) else "cpu",
+        "dtype": chosen_dtype(task, arguments)[0],
+        "device": torch.cuda.get_device_name() if uses_gpu(arguments.device) else "cpu",
         "processes": processes(),
     }
     summary = {
@@ -577,7 +585,7 @@ def prepare(
         )
         problems.append(Problem(index, *dataset.place(index), cause))
     questions = [question for question in questions if question.index not in long]
-    return Task(found, base, dataset, questions, sorted(problems))
+    return Task(found, dataset, questions, sorted(problems))
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -588,7 +596,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         UserError: when it cannot be done.
     """
     if "LOCAL_RANK" in os.environ:
-        PartialState(cpu=not on_gpu(arguments))
+        PartialState(cpu=not uses_gpu(arguments.device))
     wrong = check_arguments(arguments)
     samples, limited, tasks, earlier = None, "", [], None
     try:
@@ -598,12 +606,15 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             samples = samples.without(np.arange(max(arguments.limit, 0), len(samples)))
     except ValueError as error:
         wrong.append(f"--data_path {error}")
-    models = [(arguments.model, arguments.base, "--model")]
-    if arguments.compare and not (Path(arguments.compare) / ANSWERS).is_file():
-        models.append((arguments.compare, None, "--compare"))
-    elif arguments.compare:
+    compared = Path(at_home(arguments.compare)) if arguments.compare else None
+    also_adapter = compared is not None and (compared / ADAPTER_CONFIG_NAME).is_file()
+    adapter = (Path(at_home(arguments.model)) / ADAPTER_CONFIG_NAME).is_file()
+    models = [(arguments.model, arguments.base if adapter or not also_adapter else None, "--model")]
+    if compared is not None and not (compared / ANSWERS).is_file():
+        models.append((arguments.compare, arguments.base if also_adapter else None, "--compare"))
+    elif compared is not None:
         try:
-            earlier = read_answers(Path(arguments.compare))
+            earlier = read_answers(compared)
         except ValueError as error:
             wrong.append(f"--compare {error}")
     wrong = _of_all(wrong)  # or the processes would part ways below, where they work together

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from transformers.hf_argparser import string_to_bool
 
-from finetune.arguments import load_config
+from finetune.arguments import at_home, load_config
 from finetune.checks import Problem, decode_pictures, report_problems, scan
 from finetune.data_files import load_samples
 from finetune.data_report import Card, write_report
@@ -179,7 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description="Show what the model will see of training data; no GPU, no weights.", allow_abbrev=False
     )
-    parser.add_argument("--model_name_or_path", required=True, help="folder of a checkpoint, or its name on the hub")
+    model_help = "folder of a checkpoint, or its name on the hub"
+    parser.add_argument("--model_name_or_path", required=True, type=at_home, help=model_help)
     parser.add_argument("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
     parser.add_argument("--image_folder", help="where relative picture paths begin; default: the data file's folder")
     parser.add_argument(

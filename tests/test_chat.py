@@ -20,7 +20,7 @@ import torch
 from conftest import LLM_TYPES, ROOT, write_adapter
 from PIL import Image
 
-from finetune import chat
+from finetune import arguments, chat
 from finetune.loading import load_extra_tensors, load_finetuned, load_tokenizer
 from finetune.minicpmv.streaming import AnswerStream, answer_text
 
@@ -193,7 +193,7 @@ def test_adapters_and_full_checkpoints_are_told_apart(adapter, tiny, place, tmp_
     config = json.loads((moved / "adapter_config.json").read_text())
     (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/gone/base"}))
     status, out, err = run(capsys, "--model", moved, *call)
-    assert status == 1 and not out and "/gone/base" in err and "--base DIR" in err
+    assert status == 2 and not out and "/gone/base" in err and "--base DIR" in err
     assert run(capsys, "--model", moved, "--base", base, *call)[:2] == (0, expected[adapter] + "\n")
     status, _, err = run(capsys, "--model", moved, "--base", tiny["minicpm"], *call)
     assert status == 1 and "does not fit its base model" in err and len(err.splitlines()) < 5
@@ -229,7 +229,7 @@ def test_extra_tensors_need_a_place(adapter):
 
 def test_wrong_calls_are_reported_together(tiny, place, tmp_path, capsys, monkeypatch):
     """Before any weight is loaded."""
-    monkeypatch.setattr(chat, "load_finetuned", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(chat, "load_found", lambda *a, **k: pytest.fail("weights were loaded"))
     call = ("--model", tiny["minicpm"], "--question", QUESTION)
     wrong = (
         *("--sampling", "false", "--temperature", 1, "--top_k", 3, "--top_p", 0, "--num_beams", 0, "--seed", -1),
@@ -237,16 +237,18 @@ def test_wrong_calls_are_reported_together(tiny, place, tmp_path, capsys, monkey
         *("--system_prompt", "Be short.", "--image", "gone.png", place / "no picture.png"),
     )
     status, out, err = run(capsys, *call, *wrong)
-    assert status == 1 and out == "" and all(line.startswith("chat.py: ") for line in err.splitlines())
+    assert status == 2 and out == "" and all(line.startswith("chat.py: ") for line in err.splitlines())
     for word in (*wrong[2:-5:2], "only with --sampling true", "gone.png does not exist", "no picture.png is not a"):
         assert str(word) in err, word
     more = ("--num_beams", 2, "--json", "--device", "cuda", "--base", "somewhere")
     status, out, err = run(capsys, *call[:2], "--question", " ", *more)
-    assert "--base somewhere" in err
+    assert status == 2 and "--base somewhere" in err
     assert "--question is empty" in err and "--num_beams 2: only with --sampling false" in err
     assert set(json.loads(out)) == {"error"} and "--num_beams" in out
     status, _, err = run(capsys, "--model", tiny["minicpm"], "--json", "--image", place / "red.png")
-    assert status == 1 and "each line from stdin" in err
+    assert status == 2 and "each line from stdin" in err
+    status, _, err = run(capsys, *call, "--max_new_tokens", 2048)
+    assert status == 2 and "--max_new_tokens 2048" in err and "question and answer together" in err
 
     runs = tmp_path / "output"
     (runs / "checkpoint-20").mkdir(parents=True)
@@ -261,9 +263,70 @@ def test_wrong_calls_are_reported_together(tiny, place, tmp_path, capsys, monkey
         ("output/checkpoint-20", "neither config.json"),
         ("output/checkpoint-10/config.json", "is a file"),
         ("owner/model", "owner/model"),
+        ("~nosuch/x", "--model ~nosuch/x: there is no such folder"),
     ):
         status, out, err = run(capsys, "--model", path, "--question", QUESTION)
-        assert status == 1 and out == "" and message in err and "Traceback" not in err, (path, err)
+        assert status == 2 and out == "" and message in err and "Traceback" not in err, (path, err)
+
+
+def test_a_mistyped_base_is_no_hub_name(adapter, tiny, tmp_path, capsys, monkeypatch):
+    """In --base, and in what an adapter names; `~` is the home in both --model and --base."""
+    (tmp_path / "models").mkdir()
+    (tmp_path / "base").symlink_to(tiny["llama3"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    call = ("--question", QUESTION, *GREEDY, "--max_new_tokens", 2)
+    status, _, err = run(capsys, "--model", adapter, "--base", "models/x", *call)
+    assert (
+        status == 2 and err.startswith("chat.py: --base models/x: there is no such folder (nor") and "hub name" in err
+    )
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "models/x"}))
+    status, _, err = run(capsys, "--model", moved, *call)
+    assert status == 2 and "its base models/x: there is no such folder" in err and "--base DIR" in err
+    assert run(capsys, "--model", "~/moved", "--base", "~/base", *call)[0] == 0
+    assert "no such folder" in arguments.load_config("models/x")
+    assert arguments.ModelArguments("~/base").model_name_or_path == str(tmp_path / "base")
+    monkeypatch.setattr(arguments.PreTrainedConfig, "get_config_dict", lambda path, **_: [{"model_type": path}])
+    assert "is a 'owner/model' model" in arguments.load_config("owner/model")  # there is no folder owner
+
+
+@pytest.mark.parametrize("error", [RuntimeError, OSError, ValueError, torch.OutOfMemoryError])
+def test_a_model_that_cannot_be_loaded(tiny, capsys, monkeypatch, error):
+    def fails(*_, **__):
+        raise error("wrong\nshapes")
+
+    monkeypatch.setattr(arguments, "load_finetuned", fails)
+    status, out, err = run(capsys, "--model", tiny["minicpm"], "--question", QUESTION)
+    assert status == 1 and out == ""
+    [line] = [line for line in err.splitlines() if line.startswith("chat.py: ")]
+    assert f"the model {tiny['minicpm']} cannot be loaded: " in line and "wrong" in line
+
+
+def test_prompts_that_are_too_long(llm_type, loaded, capsys, tiny, told, monkeypatch):
+    """Messages name flags; a conversation can be forgotten; an answer has no more tokens than there is room for."""
+    call = ("--model", tiny[llm_type], *GREEDY, "--max_new_tokens", 3)
+    status, _, err = run(capsys, *call, "--max_inp_length", 5, "--question", QUESTION)
+    assert status == 1 and "--max_inp_length 5; raise it" in err and "/reset" not in err
+    lines = "word " * 80 + "\n" + QUESTION + "\n" + "word " * 80
+    status, _, _ = run(capsys, *call, "--max_inp_length", 80, stdin=lines, monkeypatch=monkeypatch)
+    assert status == 1
+    errors = [line for line in told if "--max_inp_length 80" in line]
+    assert [line.endswith("or forget the conversation with /reset") for line in errors] == [False, True]
+
+    model, tokenizer = loaded
+    prompt = model.chat_inputs(None, [user(QUESTION)], tokenizer)["input_ids"].shape[1]
+    asker = chat.Asker(model, tokenizer, False, {"num_beams": 1, "max_new_tokens": 9, "eos_token_id": None})
+    told.clear()
+    for room in (9, 4, 0):
+        monkeypatch.setattr(model.config, "max_position_embeddings", prompt + room)
+        if room:
+            assert asker.answer([user(QUESTION)], []).answer_tokens == room
+        else:
+            with pytest.raises(chat.PromptTooLong, match=f"the model takes {prompt}"):
+                asker.answer([user(QUESTION)], [])
+    assert [re.findall(r"\d+", line) for line in told] == [["4", "9", str(prompt + 4)]]
 
 
 @pytest.mark.parametrize(
@@ -277,13 +340,13 @@ def test_wrong_calls_are_reported_together(tiny, place, tmp_path, capsys, monkey
         ("float16", "float32", None, False, "float16"),
     ],
 )
-def test_dtype(asked, stored, trained, gpu, chosen, monkeypatch, told):
+def test_dtype(asked, stored, trained, gpu, chosen, monkeypatch):
     config = chat.MiniCPMVConfig(dtype=stored)
     found = chat.FoundModel("base checkpoint", "x", "x", config, trained)
-    monkeypatch.setattr(chat, "found_precision", lambda use_cpu: (False, True))
-    assert chat.choose_dtype(asked, found, gpu) == getattr(torch, chosen)
+    monkeypatch.setattr(arguments, "found_precision", lambda use_cpu: (False, True))
+    name, remark = arguments.choose_dtype(asked, found, gpu)
     expected = trained or stored if asked == "auto" else "float32"  # of which nothing need be said
-    assert bool(told) == (chosen != expected)
+    assert name == chosen and (remark is not None) == (chosen != expected)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -433,6 +496,22 @@ def test_json(llm_type, loaded, tiny, place, capsys, monkeypatch):
     assert all("error" in answer and "answer" not in answer for answer in answers[3:])
     for answer, word in zip(answers[3:], ("gone.png", "images", "3", "question", "", "", "mark"), strict=True):
         assert word in answer["error"] and "\n" not in answer["error"]
+
+
+def test_a_mark_in_front_of_the_lines(tiny, capsys, monkeypatch):
+    """Some editors begin a file with a byte order mark."""
+    call = ("--model", tiny["minicpm"], *GREEDY, "--max_new_tokens", 2)
+    line = "\ufeff" + json.dumps({"question": "hi \ufeff", "id": 1})
+    status, out, _ = run(capsys, *call, "--json", stdin=line, monkeypatch=monkeypatch)
+    assert status == 0 and json.loads(out)["question"] == "hi \ufeff" and json.loads(out)["id"] == 1
+
+
+def test_no_warnings_of_libraries(adapter, capsys, monkeypatch):
+    """What transformers tells its own developers is nothing for those who ask a question."""
+    filters = []
+    monkeypatch.setattr(chat.warnings, "filterwarnings", lambda *given, **named: filters.append((given, named)))
+    run(capsys, "--model", adapter, "--question", QUESTION, *GREEDY, "--max_new_tokens", 1)
+    assert (("ignore",), {"category": FutureWarning, "module": "transformers"}) in filters
 
 
 # ---- the program itself

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN_DATA, LLM_TYPES, ROOT, launch, losses
+from conftest import GOLDEN_DATA, LLM_TYPES, ROOT, launch, losses, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_data_report import HOSTILE, Page
 
 import finetune.evaluate as program
+from finetune import arguments as arguments_module
 from finetune.arguments import TrainingArguments, check_arguments, load_config, parse_arguments
 from finetune.dataset import SupervisedDataset, data_collator, load_samples
 from finetune.evaluation_page import choose, write_evaluation
@@ -407,6 +409,122 @@ def test_before_and_after(call, tiny, tmp_path):
     (tmp_path / "out" / "answers.jsonl").write_text('{"answer": "x"}\n')
     status, _, err = call("--compare", tmp_path / "out", output="broken")
     assert status == 2 and "answers.jsonl, line 1" in err
+
+
+SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x1csix"
+
+
+def test_line_separators_in_texts(call, tmp_path, eval_file, monkeypatch):
+    """An evaluation whose questions and answers have them goes on after a stop, and can be compared with."""
+    samples = json.loads(eval_file.read_text())[:2]
+    for sample in samples:
+        sample["conversations"][0]["content"] += SEPARATORS
+        sample["conversations"][1]["content"] += SEPARATORS
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(samples))
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "save", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+        status, _, err = call("--data_path", path)
+        assert status == 1 and "disk full" in err
+    monkeypatch.setattr(program, "load_model", lambda *_: pytest.fail("all answers are there already"))
+    assert call("--data_path", path)[0] == 0
+    monkeypatch.undo()
+    records = program.read_answers(tmp_path / "out")
+    assert [SEPARATORS in record["question"] for record in records] == [True, True]
+    assert call("--data_path", path, "--compare", tmp_path / "out", output="again")[0] == 0
+
+
+def test_files_of_the_same_name_are_told_apart(call, tmp_path):
+    """Also where they have moved together; answers that are there twice are refused."""
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        sample = {"id": name, "conversations": turns("What?", "Yes.")}
+        (tmp_path / "data" / name / "eval.json").write_text(json.dumps([sample]))
+    files = [tmp_path / "data" / name / "eval.json" for name in ("a", "b")]
+    assert call("--data_path", *files)[0] == 0
+    answers = tmp_path / "out" / "answers.jsonl"
+    records = [json.loads(line) | {"answer": said} for line, said in zip(answers.open(), "AB", strict=True)]
+    answers.write_text("".join(f"{json.dumps(record)}\n" for record in records))
+    moved = (tmp_path / "data").rename(tmp_path / "moved")
+    files = [moved / name / "eval.json" for name in ("b", "a")]
+    assert call("--data_path", *files, "--compare", tmp_path / "out", output="again")[0] == 0
+    found = [(record["id"], record["before"]["answer"]) for record in read(tmp_path / "again")[1]]
+    assert found == [("b", "B"), ("a", "A")]
+
+    answers.write_text("".join(f"{json.dumps(record)}\n" for record in [*records, records[0]]))
+    status, _, err = call("--data_path", *files, "--compare", tmp_path / "out", output="no")
+    assert status == 1 and "1 answers have the same file" in err and not (tmp_path / "no.incomplete").exists()
+
+
+def test_the_base_of_a_compared_adapter(call, tiny, tmp_path):
+    """--base is for each model of the call that is an adapter."""
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for seed, folder in enumerate(folders):
+        write_adapter(tiny["llama3"], folder, "--lora_r", 2, seed=seed)
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["base_model_name_or_path"] = "/gone/base"
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+    given = ("--limit", 1, "--max_new_tokens", 2)
+    status, _, err = call(*given, "--compare", folders[1])
+    assert status == 2 and f"--compare {folders[1]}" in err and "--base DIR" in err
+    for number, model in enumerate((folders[0], tiny["llama3"])):
+        flags = ("--model", model, "--base", tiny["llama3"], "--compare", folders[1])
+        assert call(*given, *flags, output=str(number))[0] == 0
+    status, _, err = call(*given, "--base", tiny["llama3"], "--compare", tiny["minicpm"], output="no")
+    assert status == 2 and "leave --base out" in err
+
+
+def test_where_the_result_cannot_go(call, tmp_path, monkeypatch):
+    """A file, and the folder that a disk is mounted at, which cannot be replaced when all is done."""
+    (tmp_path / "file").write_text("x")
+    status, _, err = call(output="file")
+    assert status == 2 and "is a file" in err and "not empty" not in err
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == disk)
+    status, _, err = call(output="disk")
+    assert status == 2 and "name a folder within it" in err and sorted(tmp_path.iterdir()) == [disk, tmp_path / "file"]
+    assert call("--limit", 1, output="disk/within")[0] == 0
+
+
+def test_a_model_that_does_not_fit_its_configuration(call, tiny, tmp_path):
+    """No traceback; nothing is said of how transformers could ignore it."""
+    folder = shutil.copytree(tiny["llama3"], tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 9999}))
+    status, out, err = call("--model", folder)
+    assert status == 1 and out == "" and f"evaluate.py: the model {folder} cannot be loaded" in err
+
+
+def test_the_dtype_is_the_one_that_chat_takes(loaded, monkeypatch):
+    """As the model was trained, else as its files are."""
+    monkeypatch.setattr(arguments_module.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(arguments_module, "found_precision", lambda use_cpu: (True, False))
+    config = copy.copy(loaded("llama3")[0].config)
+    config.dtype = torch.float16
+    for trained, device, expected in (
+        (None, "auto", "float16"),
+        ("bfloat16", "cuda", "bfloat16"),
+        ("float32", "auto", "float32"),
+        ("bfloat16", "cpu", "bfloat16"),
+        (None, "cpu", "bfloat16"),
+    ):
+        task = program.Task(arguments_module.FoundModel("base checkpoint", "x", "x", config, trained), None, [], [])
+        arguments = program.build_parser().parse_args(
+            ["--model", "x", "--data_path", "x", "--output", "x", "--device", device]
+        )
+        assert program.chosen_dtype(task, arguments)[0] == expected
+
+
+def test_sampling_draws_from_as_many_tokens_as_chat(call, tmp_path):
+    assert call("--limit", 1, "--temperature", 1)[0] == 0
+    assert read(tmp_path / "out")[0]["settings"]["top_k"] == 100
+    assert call("--limit", 1, "--temperature", 1, "--top_k", 1, output="likeliest")[0] == 0
+    assert call("--limit", 1, output="greedy")[0] == 0
+    (metrics, likeliest, _), (_, greedy, _) = read(tmp_path / "likeliest"), read(tmp_path / "greedy")
+    assert metrics["settings"]["top_k"] == 1 and likeliest[0]["answer"] == greedy[0]["answer"]
+    status, _, err = call("--top_k", 3, "--top_p", 0.5, output="no")
+    assert status == 2 and "--top_k 3: only with sampling" in err and "--top_p 0.5: only with" in err
 
 
 def test_sampling_follows_the_seed(call, tmp_path):
