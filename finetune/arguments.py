@@ -422,7 +422,10 @@ def find_model(path: str, base: str | None = None, cache_dir: str | None = None,
     if isinstance(config, str):
         raise UserError(config)
     trained = (folder / SETTINGS_NAME).is_file()
-    dtype = resolved_settings(folder).get("dtype") if trained else None
+    try:
+        dtype = resolved_settings(folder).get("dtype")
+    except ValueError as error:
+        raise UserError(f"{flag} {error}") from error
     return FoundModel("full checkpoint" if trained else "base checkpoint", path, path, config, dtype)
 
 

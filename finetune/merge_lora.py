@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
-from finetune.arguments import load_config
+from finetune.arguments import DTYPES, load_config
 from finetune.checkpoints import MANIFEST, copy_processor, write_manifest
 from finetune.errors import UserError
 from finetune.loading import (
@@ -65,7 +65,6 @@ logger = logging.getLogger("finetune")
 
 ADAPTER = "default"  # peft's name for the one adapter of a model
 HEAD, EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MARK = ".merge_lora"  # lies in an unfinished output folder, which the next call may delete
 ROOM_FOR_THE_REST = 64 * 2**20  # bytes: tokenizer, code, configuration
 AT_ONCE = 2**20  # elements; rounding is measured in parts of this size
