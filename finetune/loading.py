@@ -157,8 +157,9 @@ def other_base_problems(
     if not other:
         return []
     return [
-        f"{where}: is not the base that the adapter {adapter} was trained on: {len(other)} of {len(recorded)} matrices "
-        f"that were looked at have other values ({other[0]}); name the right one (--base DIR, or base= in Python)"
+        f"{where}: is not the base that the adapter was trained on: {len(other)} of {len(recorded)} matrices that were "
+        f"looked at have other values than {Path(adapter, SETTINGS_NAME)} records ({other[0]}); name the right one "
+        "(--base DIR, or base= in Python)"
     ]
 
 
@@ -235,7 +236,9 @@ def load_lora(model: MiniCPMV | PeftModel, folder: str | os.PathLike, name: str 
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(f"{folder}: the adapter does not fit its base model: {' '.join(reason[:3])}") from error
-    if strange := [*found.missing_keys, *found.unexpected_keys]:
+    # PEFT (0.21) counts those of other adapters as missing where a name is a part of theirs, such as "a".
+    own = re.compile(rf"\.(lora_\w+|modules_to_save)\.{re.escape(name)}(\.|$)")
+    if strange := [*filter(own.search, found.missing_keys), *found.unexpected_keys]:
         raise ValueError(
             f"{folder}: the adapter does not fit its base model: {len(strange)} LoRA tensors are missing, or the model "
             f"has no place for them: {', '.join(strange[:5])}"

@@ -85,8 +85,8 @@ def write_card(
     if loaded_step:
         history = [entry for entry in history if entry.get("step", 0) <= loaded_step]
     adapter = (folder / "adapter_config.json").is_file()
-    if not settings and (folder / "config.json").is_file():
-        settings = {"resolved": {"llm_type": MiniCPMVConfig.from_pretrained(folder).llm_type}}
+    if not settings.get("resolved") and (folder / "config.json").is_file():
+        settings = {**settings, "resolved": {"llm_type": MiniCPMVConfig.from_pretrained(folder).llm_type}}
     own = source / CARD if merged_from is not None and is_edited(source / CARD) else None
     text = _card(title, settings, history, adapter, merged_from is not None, own)
     aside = folder / f"{CARD}.tmp"

@@ -174,7 +174,8 @@ def test_what_cannot_be_loaded_together(folders, tiny, llm_type, tmp_path):
     biased = changed_copy(folders["food"], tmp_path / "biased", bias="all")
     with pytest.raises(ValueError, match="--lora_bias"):
         load_adapters({"biased": biased})
-    for name in ("keys", "lora", "a.b", ""):
+    assert load_adapters({"a": folders["food"], "lora": folders["signs"]}).names == ["a", "lora"]
+    for name in ("keys", "a.b", ""):
         with pytest.raises(ValueError, match="cannot name an adapter"):
             load_adapters({name: folders["food"]})
     with pytest.raises(ValueError, match="no adapters"):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
 from finetune import merge_lora
-from finetune.arguments import TrainingArguments
+from finetune.arguments import TrainingArguments, find_model
 from finetune.checkpoints import copy_processor, fault
 from finetune.data_files import load_samples
 from finetune.dataset import SupervisedDataset, data_collator
@@ -721,6 +721,116 @@ def test_training_writes_cards(bases, dataset, tmp_path, method):
     assert (output / CARD).read_text() == "mine"
     assert (output / "preprocessor_config.json").exists() == (method == "full")
     assert fault(output / "checkpoint-2") is None
+
+
+def test_the_card_is_of_the_step_that_was_loaded(adapter, tmp_path):
+    """Of a run that ended with its best step: the result's, and what is merged from it; a checkpoint's is its own."""
+    history = [{"eval_loss": 1.0, "step": 1}, {"eval_loss": 0.5, "step": 2}, {"eval_loss": 0.75, "step": 3}]
+    (adapter / "trainer_state.json").write_text(json.dumps({"log_history": history, "best_global_step": 2}))
+
+    def shown(folder: Path, best: bool) -> str:
+        change_json(folder / SETTINGS_NAME, arguments={"training": {"load_best_model_at_end": best}})
+        merge(folder, tmp_path / f"merged {folder.name} {best}")
+        return (tmp_path / f"merged {folder.name} {best}" / CARD).read_text()
+
+    assert "| evaluation loss | 0.5 | 2 |" in shown(adapter, True)
+    assert "| evaluation loss | 0.75 | 3 |" in shown(adapter, False)
+    checkpoint = shutil.copytree(adapter, tmp_path / "checkpoint-3")
+    assert "| evaluation loss | 0.75 | 3 |" in shown(checkpoint, True)
+    assert write_card(adapter, "x", history=history, settings={}, loaded_step=2)
+    assert "| evaluation loss | 0.5 | 2 |" in (adapter / CARD).read_text()
+
+
+def test_a_run_that_ends_with_its_best_step_shows_it(bases, dataset, tmp_path):
+    """Checkpoints show their own figures."""
+    model = get_peft_model(
+        AutoModel.from_pretrained(bases["llama3", "float32"]),
+        LoraConfig(r=2, target_modules=QV, task_type="CAUSAL_LM"),
+    )
+    args = {"per_device_train_batch_size": 1, "max_steps": 3, "save_steps": 1, "eval_steps": 1, "logging_steps": 1}
+    args |= {"eval_strategy": "steps", "use_cpu": True, "report_to": "none", "dataloader_num_workers": 0}
+    args |= {"load_best_model_at_end": True, "metric_for_best_model": "loss", "learning_rate": 1e-2}
+    args |= {"greater_is_better": True}  # so that the best step is the first
+    trainer = CPMTrainer(
+        model=model,
+        args=TrainingArguments(output_dir=str(tmp_path), **args),
+        train_dataset=dataset,
+        eval_dataset=dataset,
+        data_collator=data_collator,
+        settings={"resolved": {"llm_type": "llama3"}},
+    )
+    trainer.train()
+    trainer.save_model()
+    best = trainer.state.best_global_step
+    losses = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    assert best < 3 and losses[best] != losses[3]
+    assert f"| evaluation loss | {losses[best]:.4g} | {best} |" in (tmp_path / CARD).read_text()
+    assert f"| evaluation loss | {losses[3]:.4g} | 3 |" in (tmp_path / "checkpoint-3" / CARD).read_text()
+
+
+def test_cards_leave_out_seconds(adapter):
+    history = [{"eval_generation_seconds": 3.0, "eval_loss": 1.0, "step": 1}]
+    assert write_card(adapter, "x", history=history, settings={})
+    text = (adapter / CARD).read_text()
+    assert "| evaluation loss | 1 | 1 |" in text and "seconds" not in text
+
+
+def test_a_mounted_folder_cannot_be_the_output(adapter, tmp_path, monkeypatch):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "link").symlink_to(disk)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == disk)
+    for output in (disk, tmp_path / "link"):
+        with pytest.raises(UserError, match=rf"--output {output}: is where a disk is mounted.*folder within it"):
+            merge(adapter, output)
+    asked = []
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(Path(path)) or usage._replace(free=0))
+    with pytest.raises(UserError, match="GB are free"):
+        merge(adapter, tmp_path / "link" / "merged")
+    assert asked == [disk]
+
+
+def test_dtype_auto_is_the_default(run, bases, tmp_path):
+    adapter = write_adapter(bases["llama3", "bfloat16"], tmp_path / "lora")
+    result = run("--adapter", adapter, "--output", tmp_path / "merged", "--dtype", "auto")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "merged").values()} == {torch.bfloat16}
+
+
+def test_an_adapter_without_a_tokenizer_is_merged(adapter, tmp_path):
+    for path in adapter.glob("token*"):
+        path.unlink()
+    merge(adapter, tmp_path / "merged")
+    assert (tmp_path / "merged" / "tokenizer_config.json").is_file()
+
+
+def test_merged_checkpoints_keep_the_settings_of_the_training(adapter, tmp_path):
+    settings = json.loads((adapter / SETTINGS_NAME).read_text())
+    change_json(adapter / SETTINGS_NAME, resolved={**settings["resolved"], "dtype": "bfloat16"})
+    for folder, dtype, expected in (("merged", None, "bfloat16"), ("wide", torch.float32, "float32")):
+        merge(adapter, tmp_path / folder, dtype=dtype)
+        record = json.loads((tmp_path / folder / SETTINGS_NAME).read_text())
+        assert record["merged_from"] == str(adapter) and record["base_weights"] == settings["base_weights"]
+        found = find_model(str(tmp_path / folder))
+        assert (found.kind, found.trained_in) == ("full checkpoint", expected)
+    (adapter / SETTINGS_NAME).unlink()
+    merge(adapter, tmp_path / "unknown")
+    assert find_model(str(tmp_path / "unknown")).kind == "full checkpoint"
+    assert write_card(tmp_path / "unknown", "x") and "MiniCPM-Llama3" in (tmp_path / "unknown" / CARD).read_text()
+
+
+def test_what_settings_do_not_tell_of_the_base_is_said(adapter, tmp_path, caplog):
+    change_json(adapter / SETTINGS_NAME, base_weights={})
+    merge(adapter, tmp_path / "merged")
+    assert f"{adapter / SETTINGS_NAME} records no values of its base" in caplog.text
+    caplog.clear()
+    (adapter / SETTINGS_NAME).unlink()
+    merge(adapter, tmp_path / "again")
+    assert f"{adapter / SETTINGS_NAME} is missing" in caplog.text
+    (adapter / SETTINGS_NAME).write_text("[]")
+    with pytest.raises(UserError, match=f"{adapter / SETTINGS_NAME}: expected a JSON object, found list"):
+        merge(adapter, tmp_path / "never")
 
 
 @pytest.mark.slow
