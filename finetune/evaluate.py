@@ -560,7 +560,7 @@ def prepare(
     """
     found = find_model(model, base, arguments.cache_dir, flag)
     try:
-        tokenizer = load_tokenizer(found.path, arguments.cache_dir)
+        tokenizer = load_tokenizer(found.path, arguments.cache_dir, found.base)
     except ValueError as error:
         raise UserError(f"{flag} {error}") from error
     if arguments.max_slice_nums is not None:

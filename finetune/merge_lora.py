@@ -36,7 +36,7 @@ from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
-from finetune.arguments import DTYPES, load_config
+from finetune.arguments import DTYPES, at_home, load_config
 from finetune.checkpoints import MANIFEST, copy_processor, write_manifest
 from finetune.errors import UserError
 from finetune.loading import (
@@ -675,9 +675,13 @@ def main() -> None:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--adapter", help="result folder of a LoRA run, or a checkpoint-N of it")
-    what.add_argument("--modernize", metavar="MODEL", help="original checkpoint: a folder, or its name on the hub")
+    what.add_argument(
+        "--modernize", metavar="MODEL", type=at_home, help="original checkpoint: a folder, or its name on the hub"
+    )
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
-    parser.add_argument("--base", help="the adapter's base: folder or hub name; default: as adapter_config.json says")
+    parser.add_argument(
+        "--base", type=at_home, help="the adapter's base: folder or hub name; default: as adapter_config.json says"
+    )
     parser.add_argument("--max_shard_size", help="most bytes in a file of weights, such as 500MB; default: 5GB")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), help="of the merged weights; auto: as the base has them")
     parser.add_argument("--cache_dir", help="folder for what is downloaded from the hub")
