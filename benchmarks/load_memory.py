@@ -26,6 +26,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -82,16 +84,9 @@ def memory(*fields: str) -> int:
     return sum(int(line.split()[1]) for line in lines if line.split(":")[0] in fields) * 1024
 
 
-def measure(argv: list[str]) -> dict[str, int]:
-    """Loads the model as `finetune.py` with these flags would; bytes."""
-    model_args, _, args, lora_args = toolkit.parse_arguments(argv)
-    config = toolkit.load_config(model_args.model_name_or_path, None)
-    if args.deepspeed:
-        import deepspeed
-
-        deepspeed.init_distributed(auto_mpi_discovery=False)  # imports and threads that loading is not to blame for
-    elif args.world_size > 1:
-        torch.distributed.barrier()
+@contextmanager
+def watched() -> Iterator[dict[str, int]]:
+    """Yields a dict that holds, afterwards, `peak`, `own` and `after` in bytes, over what the process held before."""
     gc.collect()
     own = before_own = memory("RssAnon", "RssShmem")
     before = memory("VmRSS")
@@ -104,15 +99,33 @@ def measure(argv: list[str]) -> dict[str, int]:
             own = max(own, memory("RssAnon", "RssShmem"))
 
     watcher = threading.Thread(target=watch)
+    figures: dict[str, int] = {}
     watcher.start()
-    model = toolkit.load_model(model_args, args, lora_args, config)
-    done.set()
-    watcher.join()
+    try:
+        yield figures
+    finally:
+        done.set()
+        watcher.join()
+    figures["peak"] = memory("VmHWM") - before
+    figures["own"] = max(own, memory("RssAnon", "RssShmem")) - before_own
+    figures["after"] = memory("VmRSS") - before
+
+
+def measure(argv: list[str]) -> dict[str, int]:
+    """Loads the model as `finetune.py` with these flags would; bytes."""
+    model_args, _, args, lora_args = toolkit.parse_arguments(argv)
+    config = toolkit.load_config(model_args.model_name_or_path, None)
+    if args.deepspeed:
+        import deepspeed
+
+        deepspeed.init_distributed(auto_mpi_discovery=False)  # imports and threads that loading is not to blame for
+    elif args.world_size > 1:
+        torch.distributed.barrier()
+    with watched() as figures:
+        model = toolkit.load_model(model_args, args, lora_args, config)
     return {
         "model": sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in model.parameters()),
-        "peak": memory("VmHWM") - before,
-        "own": max(own, memory("RssAnon", "RssShmem")) - before_own,
-        "after": memory("VmRSS") - before,
+        **figures,
     }
 
 

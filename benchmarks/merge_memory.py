@@ -11,20 +11,18 @@ Linux only (/proc).
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import threading
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch  # noqa: E402
-from load_memory import memory, write_model  # noqa: E402
+from load_memory import watched, write_model  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 
 from finetune.arguments import LORA_TARGETS  # noqa: E402
@@ -49,27 +47,12 @@ def write_adapter(base: Path, folder: Path) -> None:
 
 def measure(adapter: str, output: str, shard: str) -> dict[str, int]:
     """Merges in this process; bytes."""
-    gc.collect()
-    own = before_own = memory("RssAnon", "RssShmem")
-    before = memory("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM back
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal own
-        while not done.wait(0.002):
-            own = max(own, memory("RssAnon", "RssShmem"))
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    merge(adapter, output, max_shard_size=shard)
-    done.set()
-    watcher.join()
+    with watched() as figures:
+        merge(adapter, output, max_shard_size=shard)
     return {
         "model": sum(file.stat().st_size for file in weight_files(output)),
         "shard": max(file.stat().st_size for file in weight_files(output)),
-        "peak": memory("VmHWM") - before,
-        "own": own - before_own,
+        **figures,
     }
 
 
