@@ -270,7 +270,7 @@ trainer.train()
 """
 
 
-@pytest.mark.parametrize("limit", [100, 200_000])
+@pytest.mark.parametrize("limit", [pytest.param(100, marks=pytest.mark.slow), 200_000])
 def test_a_file_that_cannot_be_written_leaves_the_checkpoint_before(tmp_path, limit):
     """A limit on file sizes, which tokenizer, weights or optimizer states meet, in place of a full disk."""
     folder = tmp_path / "out"

@@ -395,6 +395,7 @@ def test_modules_import_and_run_inside_their_folder():
     assert "--tune_embed_tokens" in shown.stdout
 
 
+@pytest.mark.slow  # quickstart.sh runs them too
 def test_tiny_checkpoints_and_sample_task_are_commands(tmp_path):
     tiny = [sys.executable, "-m", "finetune.minicpmv.tiny", "--model", "minicpm-v-2", "--output", str(tmp_path / "m")]
     subprocess.run(tiny, cwd=ROOT, check=True, capture_output=True)

@@ -105,6 +105,7 @@ def test_problems_end_with_status_1(base, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.slow
 def test_wrong_calls_are_reported_together(tmp_path):
     flags = ("--model_name_or_path", "./none", "--data_path", "none.json", "--max_slice_nums", 0, "--num_workers", -1)
     result = inspect(*flags, "--image_folder", "nowhere", cwd=tmp_path)

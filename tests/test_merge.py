@@ -380,7 +380,8 @@ def test_wrong_adapters_are_refused(bases, adapter, tmp_path):
     refused(tmp_path / "lacks", "lacks 1 of the tensors")
 
 
-@pytest.mark.parametrize("how", ["from anywhere", pytest.param("inside finetune/", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["from anywhere", "inside finetune/"])
 def test_all_that_is_wrong_is_said_at_once(adapter, tmp_path, how):
     (adapter / EXTRA_WEIGHTS_NAME).unlink()
     (tmp_path / "full").mkdir()

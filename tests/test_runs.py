@@ -70,6 +70,7 @@ def train(name: str, folder: Path, tiny: dict[str, Path], data_file: Path, *flag
 # Left to `pytest -m slow`, for the time they take: further corners of the same table. test_layouts.py trains with DDP
 # and with these stages of ZeRO on two processes too.
 SLOW = {
+    "lora-llama3-1-zero2",
     "lora-llama3-2-plain",
     "lora-llama3-2-zero3",
     "lora-llama3-1-zero0",
@@ -233,7 +234,10 @@ def test_saved_logits_equal_those_of_the_running_model(name, run, data_file, tmp
     assert reloaded_eval_loss(folder, data_file, tmp_path, batch=RUNS[name][2]) == pytest.approx(running, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", named("lora-llama3-1-plain", "lora-llama3-2-zero3", "full-minicpm-2-zero2"))
+RESUMED = [pytest.param("lora-llama3-1-plain", marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("name", [*RESUMED, *named("lora-llama3-2-zero3", "full-minicpm-2-zero2")])
 def test_resume_equals_an_unbroken_run(name, run, tiny, data_file, tmp_path):
     """A run stopped after step 2 and continued takes the steps that the unbroken run took."""
     folder = tmp_path / "resumed"
@@ -303,6 +307,7 @@ def test_parameter_groups_are_those_of_the_checkpoint(run, tiny, data_file, tmp_
         assert losses(folder) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_left_out(tiny, data_file, tmp_path):
     """DeepSpeed leaves the weights as they were, told by the norm alone."""
     folder = tmp_path / "nan"

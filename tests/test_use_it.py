@@ -44,11 +44,12 @@ def test_every_part_has_its_command():
     assert "load_adapters" in "".join(text for kind, text in BLOCKS if kind == "python")
 
 
-def _training_is_slow(number: int):
-    return pytest.param(number, marks=[pytest.mark.slow] if "finetune_lora.sh" in BLOCKS[number][1] else [])
+def _some_are_slow(number: int):
+    slow = any(word in BLOCKS[number][1] for word in ("finetune_lora.sh", "--compare", "--json"))
+    return pytest.param(number, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("number", map(_training_is_slow, range(len(BLOCKS))))
+@pytest.mark.parametrize("number", map(_some_are_slow, range(len(BLOCKS))))
 def test_as_shown(number, place):
     kind, text = BLOCKS[number]
     environment = {
