@@ -13,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -542,6 +543,7 @@ class Terminal:
         self.seen = ""
         if self.pid == 0:
             os.chdir(cwd)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # ignored in what a shell runs in the background
             environment = {**os.environ, "HOME": str(home), "TERM": "dumb"}
             environment.pop("XDG_STATE_HOME", None)
             command = [sys.executable, str(ROOT / "finetune" / "chat.py"), *map(str, flags)]
@@ -552,9 +554,10 @@ class Terminal:
 
     def until(self, pattern: str) -> str:
         """What appears up to this pattern."""
+        end = time.monotonic() + 120
         while not (match := re.search(pattern, self.seen)):
-            ready, _, _ = select.select([self.fd], [], [], 120)
-            assert ready, f"waited for {pattern!r}, saw {self.seen[-2000:]!r}"
+            ready, _, _ = select.select([self.fd], [], [], max(0, end - time.monotonic()))
+            assert ready and time.monotonic() < end, f"waited for {pattern!r}, saw {self.seen[-2000:]!r}"
             try:
                 self.seen += os.read(self.fd, 65536).decode(errors="replace")
             except OSError as error:  # Linux says so when the program has ended
