@@ -5,6 +5,7 @@ Also what chat.py and evaluate.py have in common: which model a flag names, and 
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import os
@@ -17,13 +18,13 @@ from typing import NamedTuple
 import torch
 import transformers
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
+from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_liger_kernel_available
 
 from finetune.checkpoints import checkpoint_steps, fault, newest_complete, newest_everywhere
 from finetune.errors import ProcessError, UserError
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
-    EXTRA_WEIGHTS_NAME,
     SETTINGS_NAME,
     base_of_adapter,
     is_hub_name,
@@ -352,6 +353,19 @@ def _deepspeed_problem(path: str) -> str | None:
     return None
 
 
+def add_image_folder(parser: argparse.ArgumentParser) -> None:
+    """`--image_folder` and `--image_folder_only`, for the programs that do not train."""
+    parser.add_argument("--image_folder", help="where relative picture paths begin; default: the data file's folder")
+    parser.add_argument(
+        "--image_folder_only",
+        type=string_to_bool,
+        nargs="?",
+        const=True,
+        default=False,
+        help="true: samples whose picture lies outside --image_folder cannot be used; default: false",
+    )
+
+
 def at_home(path: str) -> str:
     """The path with `~` as the home; as it is, where that is nobody's."""
     try:
@@ -645,10 +659,12 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
         problems.append(f"--lora_r {lora.lora_r}: expected 1 or more")
     if lora.lora_bias not in ("none", "all", "lora_only"):
         problems.append(f"--lora_bias {lora.lora_bias}: expected none, all or lora_only")
-    for file in (ADAPTER_CONFIG_NAME, EXTRA_WEIGHTS_NAME) if lora.lora_weight_path else ():
-        if not Path(lora.lora_weight_path, file).is_file():
-            problems.append(f"--lora_weight_path {lora.lora_weight_path}: holds no {file}")
-    problems += weights_with_code(lora.lora_weight_path) if lora.lora_weight_path else []
+    if lora.lora_weight_path:
+        adapter = lora.lora_weight_path
+        if not Path(adapter, ADAPTER_CONFIG_NAME).is_file():
+            problems.append(f"--lora_weight_path {adapter}: holds no {ADAPTER_CONFIG_NAME}")
+        problems += [f"--lora_weight_path {problem}" for problem in missing_in_adapter(adapter)]
+        problems += weights_with_code(adapter)
     try:
         re.compile(lora.lora_target_modules)
     except re.error as error:

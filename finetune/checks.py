@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from finetune.data_files import Samples
 from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError, over_processes
+from finetune.errors import UserError, over_processes, rank
 from finetune.pictures import forget_sizes, picture_paths
 
 logger = logging.getLogger("finetune")
@@ -63,13 +63,13 @@ def check_same_data(samples: Mapping[str, Samples]) -> None:
     if all(each[1:] == everyone[0][1:] for each in everyone):
         return
     lines = []
-    for rank, (host, files, numbers) in enumerate(everyone):
+    for number, (host, files, numbers) in enumerate(everyone):
         reads = "; ".join(
             f"{split}: {numbers[split]} samples, "
             + ", ".join(f"{name} ({size} bytes, content {digest[:8]})" for name, size, digest in files[split])
             for split in files
         )
-        lines.append(f"process {rank} on {host} reads {reads}")
+        lines.append(f"process {number} on {host} reads {reads}")
     raise UserError("The processes read different data; give all machines the same files:\n" + report_problems(lines))
 
 
@@ -131,14 +131,14 @@ def scan(count: int, look: Callable[[range], object], title: str, workers: int |
     """
     forget_sizes()
     together = torch.distributed.is_initialized()
-    rank = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
+    place = int(os.environ.get("LOCAL_RANK", 0)) if together else 0
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if together else 1
     ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     if workers is None:
         workers = len(os.sched_getaffinity(0)) // processes if len(ranges) > 2 * processes else 0
     mine: dict[int, object] = {}
-    with tqdm(total=count, desc=title, unit=" samples", disable=rank != 0 or len(ranges) < 2, delay=1) as bar:
-        for number, result in _results(look, ranges, range(rank, len(ranges), processes), workers):
+    with tqdm(total=count, desc=title, unit=" samples", disable=place != 0 or len(ranges) < 2, delay=1) as bar:
+        for number, result in _results(look, ranges, range(place, len(ranges), processes), workers):
             mine[number] = result
             bar.update(min(len(ranges[number]) * processes, count - bar.n))
     of_all = over_processes(mine)
@@ -241,7 +241,7 @@ def _from_first_process(make: Callable[[], object]) -> object:
         UserError: in all of them, when a file cannot be read or written.
     """
     made, failure = None, None
-    if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+    if rank() == 0:
         try:
             made = make()
         except (OSError, ValueError, KeyError, TypeError) as error:

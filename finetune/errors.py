@@ -19,9 +19,19 @@ def over_processes(own: object) -> list:
     """What every process of the run says, in order of rank; all of them must call it."""
     if not torch.distributed.is_initialized():
         return [own]
-    everyone = [own] * torch.distributed.get_world_size()
+    everyone = [own] * processes()
     torch.distributed.all_gather_object(everyone, own)
     return everyone
+
+
+def rank() -> int:
+    """This process's number in the run, from 0."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def processes() -> int:
+    """How many processes the run has."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def is_main_of_node() -> bool:

@@ -35,16 +35,24 @@ import transformers
 from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
-from transformers.hf_argparser import string_to_bool
 
-from finetune.arguments import DTYPES, FoundModel, at_home, choose_dtype, find_model, load_found, uses_gpu
+from finetune.arguments import (
+    DTYPES,
+    FoundModel,
+    add_image_folder,
+    at_home,
+    choose_dtype,
+    find_model,
+    load_found,
+    uses_gpu,
+)
 from finetune.checks import Problem, report_problems
 from finetune.data_files import Samples, load_samples
 from finetune.dataset import SampleError, SupervisedDataset
-from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes, processes, rank
 from finetune.evaluation_page import write_evaluation
 from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers
-from finetune.guards import die_with_launcher
+from finetune.guards import LOADER_ERRORS, death_of_loader, die_with_launcher, lacking_memory
 from finetune.loading import ADAPTER_CONFIG_NAME, load_tokenizer
 from finetune.machines import end_together
 from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
@@ -86,15 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
     add("--output", required=True, type=Path, help="folder for the result; it must be empty or not there")
     add("--compare", metavar="BEFORE", help="a model that is evaluated first, or the --output of an earlier evaluation")
-    add("--image_folder", help="where relative picture paths begin; default: the data file's folder")
-    add(
-        "--image_folder_only",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="true: samples whose picture lies outside --image_folder cannot be used; default: false",
-    )
+    add_image_folder(parser)
     add("--bad_samples", choices=("fail", "skip"), default="fail", help="samples that cannot be used; default: fail")
     add("--limit", type=int, help="evaluate the first LIMIT samples only; default: all")
     add("--batch_size", type=int, default=8, help="questions at once, per process; default: 8")
@@ -256,18 +256,18 @@ def _answer(
                     file.write(json.dumps(line, ensure_ascii=False, default=repr) + "\n")
                 file.flush()
                 bar.update(len(answers))
-        except torch.OutOfMemoryError as error:
-            raise ProcessError(
-                f"out of memory ({str(error).splitlines()[0]}): lower --batch_size, which is {arguments.batch_size}; "
-                f"the answers so far are in {path.parent}, and the call goes on from there"
-            ) from error
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise ProcessError(
-                f"a loader process died ({' '.join(str(error).split())[:300]}): lower --num_workers (0 loads in this "
-                f"process); the answers so far are in {path.parent}, and the call goes on from there"
-            ) from error
+        except (torch.OutOfMemoryError, MemoryError, *LOADER_ERRORS) as error:
+            kept = f"the answers so far are in {path.parent}, and the call goes on from there"
+            if cause := lacking_memory(error):
+                raise ProcessError(
+                    f"out of memory ({cause}): lower --batch_size, which is {arguments.batch_size}; {kept}"
+                ) from error
+            if death := death_of_loader(error):
+                raise ProcessError(
+                    f"a loader process died ({' '.join(str(death).split())[:300]}): lower --num_workers (0 loads in "
+                    f"this process); {kept}"
+                ) from error
+            raise
     return records
 
 
@@ -513,16 +513,6 @@ def as_text(summary: Mapping) -> str:
             f"{change['better']:>8,}{change['worse']:>7,}"
         )
     return "\n".join(lines)
-
-
-def rank() -> int:
-    """This process's number."""
-    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-
-
-def processes() -> int:
-    """How many there are."""
-    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def is_main() -> bool:

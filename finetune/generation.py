@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from finetune.checks import Problem, decode_pictures, scan
 from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError, over_processes
+from finetune.errors import UserError, over_processes, processes, rank
 from finetune.guards import let_workers_live
 from finetune.metrics import Scores, mean_scores, score
 from finetune.minicpmv.streaming import answer_text
@@ -254,10 +254,7 @@ class Predictor:
 
     def __call__(self, model: nn.Module, show_progress: bool = False) -> list[Answered]:
         """All questions answered by all processes together, in the order of the data, the same in each of them."""
-        together = torch.distributed.is_initialized()
-        rank = torch.distributed.get_rank() if together else 0
-        processes = torch.distributed.get_world_size() if together else 1
-        batches = deal(self.questions, self.batch_size, rank, processes)
+        batches = deal(self.questions, self.batch_size, rank(), processes())
         said = generate_answers(
             model, self.dataset, self.questions, batches, self.workers, max_new_tokens=self.max_new_tokens
         )

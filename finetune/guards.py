@@ -32,6 +32,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MAX_NAMES_SHOWN = 20
 SIGNAL_DELAY = 1.0  # seconds in which word of a process that died arrives
 LOADER_DIED = ("killed by signal", "exited unexpectedly")  # not: an exception of the data set, passed on
+LOADER_ERRORS = (RuntimeError, OSError, EOFError, UnpicklingError)  # what this process meets when one dies
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -232,10 +233,10 @@ def explained(guard: Guard | None, args, config=None) -> Iterator[None]:
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError, OSError, EOFError, UnpicklingError) as error:
-        if cause := _lacking_memory(error):
+    except (torch.OutOfMemoryError, MemoryError, *LOADER_ERRORS) as error:
+        if cause := lacking_memory(error):
             raise ProcessError(_out_of_memory(guard and guard.step, args, config, cause)) from error
-        if death := _death_of_loader(error):
+        if death := death_of_loader(error):
             raise ProcessError(
                 f"a loader process died ({' '.join(str(death).split())[:300]}). Most often the host has run out of "
                 f"memory or of shared memory (/dev/shm): lower --dataloader_num_workers (it is "
@@ -245,7 +246,7 @@ def explained(guard: Guard | None, args, config=None) -> Iterator[None]:
         raise
 
 
-def _lacking_memory(error: Exception) -> str | None:
+def lacking_memory(error: Exception) -> str | None:
     """What an error says of the memory that could not be had; None: it is about something else."""
     cause = (str(error).splitlines() or [""])[0][:200]
     if isinstance(error, torch.OutOfMemoryError) or "CUDA error: out of memory" in str(error):
@@ -254,7 +255,7 @@ def _lacking_memory(error: Exception) -> str | None:
     return f"of the host: {cause}" if host or "can't allocate memory" in str(error) else None
 
 
-def _death_of_loader(error: Exception) -> Exception | None:
+def death_of_loader(error: Exception) -> Exception | None:
     """The error that names a loader process which died, if one did.
 
     What it was sending breaks off first now and then. PyTorch hears of the death a moment later, by a signal, and

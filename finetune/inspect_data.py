@@ -24,9 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-from transformers.hf_argparser import string_to_bool
 
-from finetune.arguments import at_home, load_config
+from finetune.arguments import add_image_folder, at_home, load_config
 from finetune.checks import Problem, decode_pictures, report_problems, scan
 from finetune.data_files import load_samples
 from finetune.data_report import Card, write_report
@@ -182,15 +181,7 @@ def main() -> None:
     model_help = "folder of a checkpoint, or its name on the hub"
     parser.add_argument("--model_name_or_path", required=True, type=at_home, help=model_help)
     parser.add_argument("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
-    parser.add_argument("--image_folder", help="where relative picture paths begin; default: the data file's folder")
-    parser.add_argument(
-        "--image_folder_only",
-        type=string_to_bool,
-        nargs="?",
-        const=True,
-        default=False,
-        help="true: samples whose picture lies outside --image_folder cannot be used; default: false",
-    )
+    add_image_folder(parser)
     parser.add_argument("--model_max_length", type=int, help="judge samples by this length in tokens; default: do not")
     parser.add_argument("--max_slice_nums", type=int, help="most slices of a picture; default: the checkpoint's")
     parser.add_argument("--num_workers", type=int, help="processes; default: as many as there are cores")

@@ -355,6 +355,33 @@ def test_bad_samples(call, tmp_path, eval_file):
     assert [entry["id"] for entry in metrics["left_out"]] == ["picture", "turns", "sliced"] and len(records) == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "words"),
+    [
+        (ConnectionResetError("Connection reset by peer"), "a loader process died .*Killed.*--num_workers"),
+        (MemoryError("Unable to allocate 9 GiB"), "out of memory .of the host: Unable.*--batch_size, which is 8"),
+    ],
+)
+def test_what_breaks_off_an_evaluation_is_named(call, monkeypatch, first, words):
+    """What a dying loader process was sending breaks off first; PyTorch's own error comes a moment later."""
+
+    def death(_number, _frame):
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    def breaks(*_args, **_settings):
+        signal.setitimer(signal.ITIMER_REAL, 0.2 if isinstance(first, OSError) else 0)
+        raise first
+        yield
+
+    monkeypatch.setattr(program, "generate_answers", breaks)
+    before = signal.signal(signal.SIGALRM, death)
+    try:
+        status, _, err = call()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert status == 1 and re.search(words, err) and "goes on from there" in err
+
+
 def test_a_stopped_evaluation_goes_on(call, tmp_path, monkeypatch):
     whole = call(output="whole")
     asked = []
