@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from finetune.minicpmv import MiniCPMV, MiniCPMVConfig, language
 from finetune.minicpmv.packing import Packing, packed_attention
+from finetune.minicpmv.streaming import answer_text
 from finetune.minicpmv.vision import patch_grid, strip_position_ids, to_patches, to_strip
 
 HUB = {"llama3": "minicpm_llama3_v2_5", "minicpm": "minicpm_v2"}
@@ -292,6 +293,16 @@ def test_chat(model, llm_type):
         model.chat(None, follow_up[:2], tokenizer)
     with pytest.raises(ValueError, match="max_inp_length=10"):
         model.chat(picture, question, tokenizer, max_inp_length=10)
+
+
+def test_ids_beyond_the_vocabulary_have_no_text(llm_type):
+    """An embedding may be longer than the vocabulary, and sampling may pick any of its rows."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN[llm_type])
+    beyond = AutoConfig.from_pretrained(GOLDEN[llm_type]).vocab_size - 1
+    assert beyond not in tokenizer.get_vocab().values()
+    answer = tokenizer("a red car", add_special_tokens=False).input_ids
+    assert answer_text([beyond, *answer[:1], beyond, *answer[1:], beyond], tokenizer) == "a red car"
+    assert answer_text([beyond], tokenizer) == ""
 
 
 def test_chat_sees_pictures_as_training_does(model, llm_type, tmp_path):

@@ -90,6 +90,11 @@ class MiniCPMVTokenizer(SpecialTokens, SentencePieceBackend):
             return MiniCPMVTokenizerFast.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
+    def _convert_id_to_token(self, index: int) -> str:
+        """Ids between the end of the vocabulary and that of a padded embedding, which sentencepiece refuses, have no
+        text, as in a fast tokenizer."""
+        return super()._convert_id_to_token(index) if index < self.vocab_size else ""
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """Joins pieces with sentencepiece itself, so that byte pieces (`<0xF0>`...) become characters again; special
         tokens, which sentencepiece would drop, stand between as they are."""
@@ -99,7 +104,7 @@ class MiniCPMVTokenizer(SpecialTokens, SentencePieceBackend):
             if token is None or token in special:
                 text += self.sp_model.decode_pieces(pieces) + (token or "")
                 pieces = []
-            else:
+            elif token:
                 pieces.append(token)
         return text
 
