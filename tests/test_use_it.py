@@ -49,7 +49,7 @@ def _some_are_slow(number: int):
     return pytest.param(number, marks=[pytest.mark.slow] if slow else [])
 
 
-@pytest.mark.parametrize("number", map(_some_are_slow, range(len(BLOCKS))))
+@pytest.mark.parametrize("number", [_some_are_slow(number) for number in range(len(BLOCKS))])
 def test_as_shown(number, place):
     kind, text = BLOCKS[number]
     environment = {
