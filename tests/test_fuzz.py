@@ -200,7 +200,6 @@ def damaged(folder: Path, count: int) -> None:
 LOOK = """
 import faulthandler, os, resource, sys
 from pathlib import Path
-faulthandler.dump_traceback_later(30, repeat=False, exit=True)
 from finetune.pictures import load_image, picture_size
 for path in sorted(Path(sys.argv[1]).iterdir()):
     faulthandler.dump_traceback_later(30, exit=True)
@@ -218,8 +217,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
 
 
 def test_damaged_pictures(tmp_path):
-    """In a process of its own: a crash, a hang or memory would show. Its limit on address space leaves room for what
-    importing torch maps."""
+    """In a process of its own: a crash, a hang (of 30 seconds at one picture) or memory would show."""
     damaged(tmp_path, PICTURES)
     bombs(tmp_path)
 
