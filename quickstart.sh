@@ -4,6 +4,7 @@
 # Everything is written to quickstart/, anew each time.
 set -eu
 cd "$(dirname "$0")"
+export PYTHONDONTWRITEBYTECODE= # without .pyc files each step would compile torch anew, for 15 s
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/5 Python environment .venv (a few minutes the first time: PyTorch is large)"

@@ -2,6 +2,7 @@
 # Installs what the tests need into .venv and runs linter and tests. Flags are passed to pytest.
 set -eu
 cd "$(dirname "$0")"
+export PYTHONDONTWRITEBYTECODE= # without .pyc files each of the tests' programs would compile torch anew, for 15 s
 [ -x .venv/bin/python ] || "$(command -v python3 || command -v python)" -m venv .venv
 .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt
 . .venv/bin/activate
