@@ -19,10 +19,11 @@ import torch
 import transformers
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
-from transformers.utils import is_liger_kernel_available
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from finetune.checkpoints import checkpoint_steps, fault, newest_complete, newest_everywhere
-from finetune.errors import ProcessError, UserError
+from finetune.errors import ProcessError, UserError, is_main_of_node
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     SETTINGS_NAME,
@@ -35,11 +36,13 @@ from finetune.loading import (
 )
 from finetune.metrics import METRICS
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
-from finetune.zero import without_communication
+from finetune.zero import GATHER, saves_no_model, without_communication
 
 logger = logging.getLogger("finetune")
 
+ATTENTION = ("sdpa", "eager", "flash_attention_2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+WARMUP = ("--warmup_steps", "--warmup_ratio")
 TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
 LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
 DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
@@ -85,6 +88,14 @@ class DataArguments:
         default=0.01, metadata={"help": "With --bad_samples skip: stop when more than this part is bad, 0 to 1."}
     )
 
+    def __post_init__(self):
+        if self.data_path is not None:
+            self.data_path = list(map(at_home, self.data_path))
+        if self.eval_data_path is not None:
+            self.eval_data_path = list(map(at_home, self.eval_data_path))
+        if self.image_folder is not None:
+            self.image_folder = at_home(self.image_folder)
+
 
 @dataclass
 class TrainingArguments(transformers.TrainingArguments):
@@ -112,6 +123,10 @@ class TrainingArguments(transformers.TrainingArguments):
         default=True, metadata={"help": "Train the token embeddings (with --tune_llm or --use_lora)."}
     )
     use_lora: bool = field(default=False, metadata={"help": "Train LoRA matrices in the language model."})
+    vision_learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Learning rate of the vision tower, on the same schedule. None: as --learning_rate."},
+    )
     batch_size: int | None = field(
         default=None, metadata={"help": "Another name for --per_device_train_batch_size: samples per step and GPU."}
     )
@@ -205,10 +220,8 @@ class TrainingArguments(transformers.TrainingArguments):
             # or every batch would wait on its way to the device for all that was asked of the device before
             self.accelerator_config = {"non_blocking": True}
         self._resolve_checkpointing()
-        if self.deepspeed and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-            if not isinstance(self.deepspeed, dict):
-                self.deepspeed = json.loads(Path(self.deepspeed).read_text(encoding="utf-8"))
-            self.deepspeed = without_communication(self.deepspeed)
+        if self.deepspeed:
+            self.deepspeed = self._deepspeed_config()
         if self.tune_llm is None:
             self.tune_llm = not self.use_lora
         if self.bf16 is None and self.fp16 is None:
@@ -217,6 +230,21 @@ class TrainingArguments(transformers.TrainingArguments):
         if self.label_names is None:
             self.label_names = ["labels"]
         super().__post_init__()
+
+    def _deepspeed_config(self) -> dict:
+        """The content of the DeepSpeed file, fit for the number of processes and for saving."""
+        config = self.deepspeed
+        if not isinstance(config, dict):
+            config = json.loads(Path(config).read_text(encoding="utf-8"))
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            config = without_communication(config)
+        if saves_no_model(config):
+            config["zero_optimization"][GATHER] = True
+            if is_main_of_node():
+                logger.warning(
+                    'the DeepSpeed file lacks "%s": true, without which no model is saved: it is set', GATHER
+                )
+        return config
 
     def _resolve_checkpointing(self) -> None:
         """One switch of transformers (whose newest name is `activation_checkpointing`) becomes two."""
@@ -274,6 +302,9 @@ class LoraArguments:
     )
     q_lora: bool = field(default=False, metadata={"help": "Not available yet; see the message."})
 
+    def __post_init__(self):
+        self.lora_weight_path = at_home(self.lora_weight_path)
+
     @property
     def target_modules(self) -> str:
         """Regular expression over full names for peft: plain names (`q_proj,v_proj`) within the language model, and
@@ -304,32 +335,61 @@ class LoraArguments:
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
-    """Arguments from the command line. What is wrong with the DeepSpeed file, which transformers reads while the
-    arguments are being made, and unknown flags are kept for `check_arguments` in `found_in_parsing`.
+    """Arguments from the command line. A flag with an empty value counts as not given. Unknown flags, and what is wrong
+    with the DeepSpeed file, which transformers reads while the arguments are being made, are kept for
+    `check_arguments` in `found_in_parsing`.
 
     Raises:
         SystemExit: with the usage, on values of the wrong type.
+        UserError: on what transformers refuses while it makes its arguments.
     """
-    argv = [part for arg in (sys.argv[1:] if argv is None else argv) for part in _split_flag(arg)]
+    given = _given_flags(sys.argv[1:] if argv is None else argv)
     problems = []
-    # The last one given wins. A file with a problem is left out of the parse, which would stop at it, so that the
-    # other problems are found and reported together with this one.
-    places = [number for number, arg in enumerate(argv[:-1]) if arg == "--deepspeed"]
-    if places and (problem := _deepspeed_problem(argv[places[-1] + 1])):
+    # A file with a problem is left out of the parse, which would stop at it, so that the other problems are found and
+    # reported together with this one.
+    files = [values for flag, values in given if flag == "--deepspeed" and values]
+    if files and (problem := _deepspeed_problem(files[-1][0])):
         problems.append(problem)
-        argv = [arg for number, arg in enumerate(argv) if number not in places and number - 1 not in places]
-    if "--output_dir" not in argv:
+        given = _without(given, "--deepspeed")
+    flags = [flag for flag, _ in given]
+    if "--output_dir" not in flags:
         problems.append("--output_dir is missing: where shall checkpoints and the result go?")
+    if warmup := [flag for flag in flags if flag in WARMUP]:  # two names for one thing: the last one wins
+        given = _without(given, WARMUP[1 - WARMUP.index(warmup[-1])])
+    argv = [word for flag, values in given for word in (*filter(None, [flag]), *values)]
     parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
-    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    _, unknown = parser.parse_known_args(argv)
     problems += [f"{flag}: there is no such flag" for flag in unknown if flag.startswith("--")]
     problems += [f"{word!r} belongs to no flag" for word in unknown if not word.startswith("--")]
+    try:
+        *parsed, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UserError("\n".join(["These settings cannot work:", *problems, str(error)])) from error
     parsed[2].found_in_parsing = problems
     return tuple(parsed)
 
 
-def _split_flag(arg: str) -> list[str]:
-    return arg.split("=", 1) if re.match(r"--\w+=", arg) else [arg]
+def _given_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
+    """Flags with their values, in order; `--output-dir` is `--output_dir`. A flag whose values are all empty takes back
+    what was said with it before. Words in front of all flags belong to the flag ""."""
+    given: list[tuple[str, list[str]]] = [("", [])]
+    for word in argv:
+        if re.match(r"--\w", word):
+            name, equals, value = word.partition("=")
+            given.append((name.replace("-", "_").replace("__", "--", 1), [value] if equals else []))
+        else:
+            given[-1][1].append(word)
+    kept: list[tuple[str, list[str]]] = []
+    for flag, values in given:
+        if values and not any(values):
+            kept = _without(kept, flag)
+        else:
+            kept.append((flag, list(filter(None, values))))
+    return kept
+
+
+def _without(given: list[tuple[str, list[str]]], flag: str) -> list[tuple[str, list[str]]]:
+    return [(name, values) for name, values in given if name != flag]
 
 
 def _deepspeed_problem(path: str) -> str | None:
@@ -339,23 +399,20 @@ def _deepspeed_problem(path: str) -> str | None:
         config = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
         return f"--deepspeed {path}: is not valid JSON ({error})"
+    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+        return f"--deepspeed {path}: is no DeepSpeed configuration, which is an object with objects in it"
     if "scheduler" in config:
         return (
             f'--deepspeed {path}: has a "scheduler" block, which would replace --lr_scheduler_type and '
             "--warmup_ratio without a word; remove the block"
-        )
-    zero = config.get("zero_optimization", {})
-    if zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"):
-        return (
-            f'--deepspeed {path}: ZeRO-3 without "stage3_gather_16bit_weights_on_model_save": true in its '
-            '"zero_optimization" would save no model; add it'
         )
     return None
 
 
 def add_image_folder(parser: argparse.ArgumentParser) -> None:
     """`--image_folder` and `--image_folder_only`, for the programs that do not train."""
-    parser.add_argument("--image_folder", help="where relative picture paths begin; default: the data file's folder")
+    where = "where relative picture paths begin; default: the data file's folder"
+    parser.add_argument("--image_folder", type=at_home, help=where)
     parser.add_argument(
         "--image_folder_only",
         type=string_to_bool,
@@ -383,6 +440,10 @@ def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_na
             return f"{named}: there is no such folder, and it is no hub name (owner/name)"
         if (parent := Path(path).parent).is_dir():
             return f"{named}: there is no such folder (nor is it taken for a hub name, since {parent} is a folder here)"
+    elif not Path(path, "config.json").is_file():
+        if Path(path, ADAPTER_CONFIG_NAME).is_file():
+            return f"{named}: is an adapter; name its base model here, and the adapter with --lora_weight_path"
+        return f"{named}: {_in_place_of_a_model(path)}"
     try:
         # Looked at before anything is made of it: of another kind, it may ask for code of its own to be run.
         kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
@@ -563,6 +624,16 @@ def check_arguments(
     if training.eval_strategy != "no" and not data.eval_data_path:
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     problems += _prediction_problems(training, data)
+    problems += _hardware_problems(model, training)
+    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, flag) < 1:
+            problems.append(f"--{flag} {getattr(training, flag)}: expected 1 or more")
+    available = get_available_reporting_integrations()
+    if unknown := [name for name in training.report_to if name not in available]:
+        problems.append(
+            f"--report_to {' '.join(unknown)}: is unknown, or its package is missing; here are {', '.join(available)}, "
+            "or none"
+        )
     if training.remove_unused_columns:
         problems.append("--remove_unused_columns true would empty every batch; leave it false")
     if training.label_smoothing_factor:
@@ -593,6 +664,20 @@ def check_arguments(
         problems.append(
             f"--resume_from_checkpoint {resume}: is no complete checkpoint ({why}); name one (OUTPUT_DIR/checkpoint-N) "
             "or say true for the newest in --output_dir"
+        )
+    return problems
+
+
+def _hardware_problems(model: ModelArguments, training: TrainingArguments) -> list[str]:
+    problems = []
+    if training.fp16 and training.use_cpu:
+        problems.append("--fp16 true: float16 trains on GPUs only; leave it out on a CPU")
+    if model.attn_implementation not in ATTENTION:
+        problems.append(f"--attn_implementation {model.attn_implementation}: expected {', '.join(ATTENTION)}")
+    elif model.attn_implementation == "flash_attention_2" and not is_flash_attn_2_available():
+        problems.append(
+            "--attn_implementation flash_attention_2: needs a GPU and the flash-attn package (pip install flash-attn); "
+            "sdpa, the default, trains with PyTorch's own flash kernel"
         )
     return problems
 
@@ -644,6 +729,17 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
     problems = []
     if not (training.use_lora or training.tune_llm or training.tune_vision or training.tune_resampler):
         problems.append("nothing would be trained: set --tune_vision, --tune_llm, --tune_resampler or --use_lora true")
+    if training.vision_learning_rate is not None:
+        rate = training.vision_learning_rate
+        if not training.tune_vision:
+            problems.append(f"--vision_learning_rate {rate} only with --tune_vision true")
+        if not rate >= 0:
+            problems.append(f"--vision_learning_rate {rate}: expected 0 or more")
+        if training.deepspeed and "optimizer" in training.deepspeed:
+            problems.append(
+                f'--vision_learning_rate {rate}: the "optimizer" block of the DeepSpeed file has one rate for all; '
+                "remove the block"
+            )
     if lora.q_lora:
         problems.append(
             "--q_lora true: comes with a later change; use --use_lora with ds_config_zero3_offload.json now"

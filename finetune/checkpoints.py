@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import stat
 import time
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -104,6 +105,8 @@ def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
 def write_manifest(folder: Path, leave_out: Sequence[Path] = ()) -> None:
     """Check every file of a folder, bring it to the disk, and write `complete.json`.
 
+    Weights get the mode that the user's umask gives to new files: safetensors makes them readable for the user alone.
+
     Args:
         leave_out: files that are not looked at, such as links to what was there before.
 
@@ -111,9 +114,14 @@ def write_manifest(folder: Path, leave_out: Sequence[Path] = ()) -> None:
         ValueError: naming a file that is not whole.
         OSError: when the disk does not take it.
     """
+    files = sorted(file for file in folder.rglob("*") if file.is_file() and file not in leave_out)
+    (folder / MANIFEST).touch()
+    mode = stat.S_IMODE((folder / MANIFEST).stat().st_mode)
     sizes = {}
-    for path in sorted(file for file in folder.rglob("*") if file.is_file() and file not in leave_out):
+    for path in files:
         check_file(path)
+        if path.suffix == ".safetensors":
+            path.chmod(mode)
         _flush(path)
         sizes[path.relative_to(folder).as_posix()] = path.stat().st_size
     (folder / MANIFEST).write_text(json.dumps({"files": sizes}, indent=1) + "\n", encoding="utf-8")

@@ -118,6 +118,11 @@ def report_problems(problems: Sequence) -> str:
     return "\n".join([*lines, *([f"... and {more} more"] if more > 0 else [])])
 
 
+def usable_cpus() -> int:
+    """CPU cores that this process may use; on systems that cannot tell, all there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def scan(count: int, look: Callable[[range], object], title: str, workers: int | None = None) -> list:
     """`look(range of samples)` over all samples, in order, with a progress bar.
 
@@ -135,7 +140,7 @@ def scan(count: int, look: Callable[[range], object], title: str, workers: int |
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if together else 1
     ranges = [range(start, min(start + CHUNK, count)) for start in range(0, count, CHUNK)]
     if workers is None:
-        workers = len(os.sched_getaffinity(0)) // processes if len(ranges) > 2 * processes else 0
+        workers = usable_cpus() // processes if len(ranges) > 2 * processes else 0
     mine: dict[int, object] = {}
     with tqdm(total=count, desc=title, unit=" samples", disable=place != 0 or len(ranges) < 2, delay=1) as bar:
         for number, result in _results(look, ranges, range(place, len(ranges), processes), workers):

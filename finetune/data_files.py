@@ -125,6 +125,8 @@ def load_samples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Samp
 
 def _expand(path: str) -> Iterator[str]:
     """The files meant by a path; a saved dataset counts as one."""
+    if not path:
+        raise ValueError("an empty path names no data file")
     with _readable(path):
         mode = Path(path).stat().st_mode
         entries = sorted(Path(path).iterdir()) if stat.S_ISDIR(mode) else []

@@ -49,6 +49,7 @@ logger = logging.getLogger(__name__)
 MAX_TRUNCATION_WARNINGS = 5  # per process
 PLACEHOLDER_WORDS = re.compile("</image>|<slice>|</slice>|<unk>")  # they stand for pictures only, in any turn
 PICTURE_WORDS = re.compile(f"{PLACEHOLDER_WORDS.pattern}|{IMAGE_MARK}|{NUMBERED_MARK.pattern}")  # outside user turns
+OTHER_NAMES = ("images", "image_path", "image_paths", "image_file", "img", "Image", "picture", "pictures")
 MARK_NAME = re.compile(r"<image(_\w+)?>")
 
 
@@ -95,6 +96,7 @@ class SupervisedDataset(Dataset):
         image_folder: where relative picture paths begin; None: at the folder of the sample's file, where `raw_data`
             comes from `load_samples`, else at the working directory.
         image_folder_only: a sample whose picture path leads out of `image_folder` cannot be used.
+        max_positions: most tokens that the language model takes, for messages.
 
     An item: `input_ids`, `position_ids`, `labels` (L,) int64, labels already shifted; `attention_mask` (L,) bool;
     `pixel_values`, a list of S tensors; `tgt_sizes` (S, 2) int32, patches high and wide; `image_bound` (S, 2) int64,
@@ -117,6 +119,7 @@ class SupervisedDataset(Dataset):
         max_length: int | None = None,
         image_folder: str | os.PathLike | None = None,
         image_folder_only: bool = False,
+        max_positions: int | None = None,
     ):
         self.raw_data = raw_data
         self.transform = transform
@@ -129,6 +132,7 @@ class SupervisedDataset(Dataset):
         self.max_length = max_length
         self.image_folder = image_folder
         self.image_folder_only = image_folder_only
+        self.max_positions = max_positions
         self.lengths: list[int] | None = None  # in tokens, where batches are to be grouped by length
 
     @classmethod
@@ -155,6 +159,7 @@ class SupervisedDataset(Dataset):
             max_length=max_length,
             image_folder=image_folder,
             image_folder_only=image_folder_only,
+            max_positions=config.max_position_embeddings,
         )
 
     def __len__(self) -> int:
@@ -229,9 +234,9 @@ class SupervisedDataset(Dataset):
 
     def folder(self, index: int) -> str | os.PathLike | None:
         """Where the relative picture paths of a sample begin."""
-        if self.image_folder is None and isinstance(self.raw_data, Samples):
+        if not self.image_folder and isinstance(self.raw_data, Samples):
             return self.raw_data.folder(index)
-        return self.image_folder
+        return self.image_folder or None
 
     def load_image(self, picture, index: int) -> Image.Image:
         """A picture of the sample, see `pictures.load_image`."""
@@ -274,7 +279,7 @@ class SupervisedDataset(Dataset):
         if not measure.supervised:
             raise ValueError("every answer has weight 0; there is nothing to learn")
         if not measure.kept:
-            raise ValueError(_lost_answer(measure.tokens, measure.picture_tokens, self.max_length))
+            raise ValueError(_lost_answer(measure.tokens, measure.picture_tokens, self.max_length, self.max_positions))
 
     def grids(self, index: int) -> list[tuple[int, int] | None]:
         """(columns, rows) of each picture's slices, None for an overview alone, from the headers of the pictures."""
@@ -336,18 +341,29 @@ def check_sample(sample, llm_type: str) -> None:
     if turns[-1]["role"] != "assistant":
         raise ValueError("the last turn is the user's; there is no answer to learn at its end")
     image = sample.get("image")
+    if image is None and (others := [name for name in OTHER_NAMES if sample.get(name)]):
+        raise ValueError(f"field {others[0]!r} is not read; what pictures it names belong into 'image'")
     if not all(map(is_picture, picture_paths(image))):
         raise ValueError("field 'image' is neither a path, nor a list of paths, nor an object from mark to path")
+    if "" in picture_paths(image):
+        raise ValueError("field 'image' has an empty path; leave the field out where there is no picture")
     pictures = map_pictures(image, lambda picture: picture)
     if isinstance(pictures, dict) and (names := [name for name in pictures if not MARK_NAME.fullmatch(name)]):
         raise ValueError(f"field 'image' names {names[0]!r}; expected marks like '<image_00>'")
     place_pictures(turns, pictures)
 
 
-def _lost_answer(tokens: int, picture_tokens: int, max_length: int) -> str:
+def _lost_answer(tokens: int, picture_tokens: int, max_length: int, max_positions: int | None = None) -> str:
+    advice = []
+    if max_positions is None or tokens <= max_positions:
+        advice.append(f"raise --model_max_length to {tokens}")
+    if picture_tokens and tokens - picture_tokens < max_length:
+        advice.append("lower --max_slice_nums")
+    if not advice:
+        advice.append(f"shorten its conversation, since the model takes {max_positions} tokens at most")
     return (
         f"has {tokens} tokens ({picture_tokens} of them for its pictures) and would lose its whole answer at "
-        f"model_max_length {max_length}: raise --model_max_length to {tokens}, or lower --max_slice_nums"
+        f"model_max_length {max_length}: {', or '.join(advice)}"
     )
 
 

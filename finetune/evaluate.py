@@ -46,7 +46,7 @@ from finetune.arguments import (
     load_found,
     uses_gpu,
 )
-from finetune.checks import Problem, report_problems
+from finetune.checks import Problem, report_problems, usable_cpus
 from finetune.data_files import Samples, load_samples
 from finetune.dataset import SampleError, SupervisedDataset
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes, processes, rank
@@ -91,7 +91,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="folder of a checkpoint or adapter, or the name of a checkpoint on the hub")
     add("--base", help="base model of adapters, where it is not in the place that they name")
-    add("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
+    add("--data_path", required=True, nargs="+", type=at_home, help="data files or folders, as for finetune.py")
     add("--output", required=True, type=Path, help="folder for the result; it must be empty or not there")
     add("--compare", metavar="BEFORE", help="a model that is evaluated first, or the --output of an earlier evaluation")
     add_image_folder(parser)
@@ -293,7 +293,7 @@ def load_model(task: Task, arguments: argparse.Namespace) -> torch.nn.Module:
 def loader_processes(asked: int | None) -> int:
     """How many load pictures for this process; `asked`: what `--num_workers` says."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(4, len(os.sched_getaffinity(0)) // here) if asked is None else asked
+    return min(4, usable_cpus() // here) if asked is None else asked
 
 
 def generation_settings(arguments: argparse.Namespace) -> dict:

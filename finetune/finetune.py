@@ -306,6 +306,10 @@ def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_ar
         return [f"LoRA cannot be set up: {error}"]
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return ["nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"]
+    try:
+        CPMTrainer.get_optimizer_cls_and_kwargs(args, model)
+    except (ValueError, ImportError) as error:  # a package that it needs
+        return [f"--optim {args.optim.value}: {error}"]
     return []
 
 
@@ -346,6 +350,12 @@ def _load_data(
         _stop_on(problems, "These samples cannot be used (--bad_samples skip would leave them out):")
     if args.train_sampling_strategy == "group_by_length":
         datasets["train"].lengths = token_lengths(datasets["train"])
+    batch, found = args.train_batch_size * args.world_size, len(datasets["train"])
+    if args.dataloader_drop_last and found < batch:
+        _stop_on(
+            [f"--dataloader_drop_last true would leave out all {found} samples, since {batch} are a batch"],
+            "These settings cannot work:",
+        )
     return datasets, left_out
 
 

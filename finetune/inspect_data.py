@@ -180,7 +180,9 @@ def main() -> None:
     )
     model_help = "folder of a checkpoint, or its name on the hub"
     parser.add_argument("--model_name_or_path", required=True, type=at_home, help=model_help)
-    parser.add_argument("--data_path", required=True, nargs="+", help="data files or folders, as for finetune.py")
+    parser.add_argument(
+        "--data_path", required=True, nargs="+", type=at_home, help="data files or folders, as for finetune.py"
+    )
     add_image_folder(parser)
     parser.add_argument("--model_max_length", type=int, help="judge samples by this length in tokens; default: do not")
     parser.add_argument("--max_slice_nums", type=int, help="most slices of a picture; default: the checkpoint's")

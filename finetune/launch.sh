@@ -15,6 +15,10 @@ if [ -z "$GPUS_PER_NODE" ] || [ -z "${DS_ACCELERATOR:-}" ]; then # asking takes 
     VISIBLE_GPUS=1
   fi
   GPUS_PER_NODE="${GPUS_PER_NODE:-$VISIBLE_GPUS}"
+  if [ "${DS_ACCELERATOR:-}" != cpu ] && [ "$GPUS_PER_NODE" -gt "$VISIBLE_GPUS" ]; then
+    echo "$0: GPUS_PER_NODE is $GPUS_PER_NODE, but $VISIBLE_GPUS can be seen here; lower it, or leave it empty for all" >&2
+    exit 1
+  fi
 fi
 
 if [ "$NNODES" -eq 1 ] && [ -z "$MASTER_PORT" ]; then

@@ -46,6 +46,7 @@ from finetune.reporting import write_settings
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
+VISION_TOWER = re.compile(r"(^|\.)vpm\.")
 ANSWERS_SHOWN = 8  # at each evaluation, in TensorBoard
 SHOWN_TEXT = 500  # characters of each
 
@@ -175,8 +176,14 @@ class CPMTrainer(Trainer):
         return self.accelerator.deepspeed_plugin.zero_stage if self.is_deepspeed_enabled else None
 
     def create_optimizer(self, *args, **kwargs) -> torch.optim.Optimizer:
-        """As in Trainer; for ZeRO-1 and 2 in groups of a limited size, see `zero.py`."""
+        """As in Trainer; the vision tower in groups of its own where it has a learning rate of its own, and for ZeRO-1
+        and 2 in groups of a limited size, see `zero.py`."""
         optimizer = super().create_optimizer(*args, **kwargs)
+        rate = getattr(self.args, "vision_learning_rate", None)
+        if rate is not None:
+            give_own_rate(
+                optimizer, [p for name, p in self.model.named_parameters() if VISION_TOWER.search(name)], rate
+            )
         if self._zero_stage in (1, 2) and self.group_elements:
             split_param_groups(optimizer, self.group_elements)
         return optimizer
@@ -379,6 +386,19 @@ class CPMTrainer(Trainer):
         self._best_loaded = True
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
+
+
+def give_own_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
+    """Divide an optimizer's parameter groups, in place, so that some parameters have another learning rate, which
+    schedulers scale likewise. Their groups stand behind all others: the first group's rate is the one that is logged.
+    """
+    own = set(map(id, parameters))
+    groups = []
+    for group in optimizer.param_groups:
+        inside = [parameter for parameter in group["params"] if id(parameter) in own]
+        outside = [parameter for parameter in group["params"] if id(parameter) not in own]
+        groups += [{**group, "params": outside}, {**group, "params": inside, "lr": rate}]
+    optimizer.param_groups[:] = [group for group in groups[::2] + groups[1::2] if group["params"]]
 
 
 class Checkpointing(TrainerCallback):

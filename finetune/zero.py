@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
+GATHER = "stage3_gather_16bit_weights_on_model_save"
 GROUP_ELEMENTS = 2**26  # 384 MiB of copies in bfloat16 runs; checkpoints are divided likewise
 
 
@@ -27,6 +28,12 @@ def without_communication(config: dict) -> dict:
     if zero.get("stage") not in (1, 2) or offloaded:
         return config
     return {**config, "zero_optimization": {**zero, "overlap_comm": False, "contiguous_gradients": False}}
+
+
+def saves_no_model(config: dict) -> bool:
+    """Whether it is ZeRO-3 without the gathering of weights, whose default is not to save them."""
+    zero = config.get("zero_optimization", {})
+    return zero.get("stage") == 3 and not zero.get(GATHER)
 
 
 def split_param_groups(optimizer: torch.optim.Optimizer, most: int) -> None:

@@ -59,6 +59,9 @@ def test_a_checkpoint_is_there_when_it_is_whole(saved, tmp_path):
     listed = json.loads((saved / MANIFEST).read_text())["files"]
     files = {file.relative_to(saved).as_posix() for file in saved.rglob("*") if file.is_file()}
     assert set(listed) == files - {MANIFEST}
+    modes = {file.stat().st_mode for file in saved.rglob("*") if file.is_file()}
+    (tmp_path / "new").touch()
+    assert modes == {(tmp_path / "new").stat().st_mode}
     assert not (tmp_path / ASIDE).exists()
     assert newest_complete(tmp_path) == newest_everywhere(tmp_path, writes=True) == str(saved)
 

@@ -148,6 +148,13 @@ def test_layer_replication(given, tmp_path):
         ("--resume_from_checkpoint nowhere", "is no complete checkpoint"),
         ("--max_bad_steps 0", "expected 1 or more"),
         ("--image_folder nowhere", "no such folder"),
+        ("--fp16 true", "float16 trains on GPUs only"),
+        ("--attn_implementation some", "expected sdpa, eager, flash_attention_2"),
+        ("--attn_implementation flash_attention_2", "pip install flash-attn"),
+        ("--batch_size 0", "--per_device_train_batch_size 0: expected 1 or more"),
+        ("--report_to nothing", "--report_to nothing: is unknown, or its package is missing"),
+        ("--vision_learning_rate -1", "expected 0 or more"),
+        ("--vision_learning_rate 1e-5 --tune_vision false", "only with --tune_vision true"),
         ("--no_such_flag 1", "there is no such flag"),
     ],
 )
@@ -214,13 +221,81 @@ def test_scheduler_block_is_refused(given, tmp_path):
     assert len(problems) == 1 and '"scheduler"' in problems[0]
 
 
-def test_zero3_that_would_save_nothing_is_refused(given, tmp_path):
-    """The original FAQ's stage 3 block, as it stands there."""
+def test_deepspeed_blocks_of_the_faq(given, tmp_path, caplog):
+    """The original FAQ's blocks, pasted into the shipped files: weights are saved, and nothing has to be compiled."""
     offload = {"device": "cpu", "pin_memory": True}
-    block = {"zero_optimization": {"stage": 3, "offload_optimizer": offload, "offload_param": offload}}
-    (tmp_path / "ds.json").write_text(json.dumps(block))
-    _, problems = given("--deepspeed", tmp_path / "ds.json")
-    assert len(problems) == 1 and "stage3_gather_16bit_weights_on_model_save" in problems[0]
+    for block in (
+        {"stage": 2, "offload_optimizer": offload},
+        {"stage": 3, "offload_optimizer": offload, "offload_param": offload},
+    ):
+        file = tmp_path / "ds.json"
+        shipped = json.loads((FINETUNE / f"ds_config_zero{block['stage']}.json").read_text())
+        file.write_text(json.dumps({**shipped, "zero_optimization": block}))
+        (_, _, training, _), problems = given("--deepspeed", file)
+        assert problems == []
+        assert training.hf_deepspeed_config.get_value("zero_force_ds_cpu_optimizer") is False
+    assert training.hf_deepspeed_config.get_value("zero_optimization.stage3_gather_16bit_weights_on_model_save") is True
+    assert "stage3_gather_16bit_weights_on_model_save" in caplog.text
+    file.write_text("[]")
+    assert any("is no DeepSpeed configuration" in problem for problem in given("--deepspeed", file)[1])
+    file.write_text(json.dumps({**shipped, "optimizer": {"type": "AdamW"}}))
+    assert any('"optimizer" block' in p for p in given("--deepspeed", file, "--vision_learning_rate", "1e-5")[1])
+
+
+def test_an_empty_value_is_none(given, data_file, monkeypatch):
+    """As a script passes it on whose variable is not set; and as the launchers' last word over their own."""
+    monkeypatch.chdir(data_file.parent)
+    (_, data, training, _), problems = given(
+        *("--deepspeed", FINETUNE / "ds_config_zero2.json", "--deepspeed", "", "--llm_type", "", "--image_folder="),
+        *("--eval_data_path", "", "--max_steps", "3"),
+    )
+    assert problems == [] and training.max_steps == 3
+    found = (data.eval_data_path, data.image_folder, training.deepspeed, training.llm_type)
+    assert found == (None, None, None, None)
+    for flag in ("data_path", "output_dir"):
+        assert any(f"--{flag} is missing" in problem for problem in given(f"--{flag}", "")[1])
+
+
+def test_spellings_of_flags_and_paths(given, data_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(data_file.parent))
+    (_, data, training, _), problems = given(
+        *("--output-dir", tmp_path / "other", f"--data-path=~/{data_file.name}", "--image_folder", "~"),
+        *("--warmup-ratio", "0.1", "--warmup_steps", "0"),
+    )
+    assert problems == []
+    assert training.output_dir == str(tmp_path / "other") and data.data_path == [str(data_file)]
+    assert data.image_folder == str(data_file.parent)
+    assert training.get_warmup_steps(100) == 0
+    assert given("--warmup_steps", "7", "--warmup_ratio", "0.1")[0][2].get_warmup_steps(100) == 10
+
+
+@pytest.mark.parametrize(
+    "flags", ["--fp16 true --bf16 true", "--lr_scheduler_type cosin", "--evaluation_strategy some"]
+)
+def test_what_transformers_refuses(given, flags):
+    """Found while its arguments are made, so not together with all others; but no traceback."""
+    with pytest.raises(UserError, match=r"(?s)These settings cannot work:.*no_such_flag"):
+        given("--no_such_flag", "1", *flags.split())
+
+
+def test_an_optimizer_whose_package_is_missing_shows_before_weights(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    base = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path}"
+    with pytest.raises(UserError, match="--optim adamw_bnb_8bit: "):
+        train([*base.split(), "--optim", "adamw_bnb_8bit"])
+
+
+def test_what_is_no_model_says_what_it_is(tmp_path):
+    assert "neither config.json" in load_config(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "is an adapter" in load_config(str(tmp_path)) and "--lora_weight_path" in load_config(str(tmp_path))
+
+
+def test_no_batch_is_left(tiny, data_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(MiniCPMV, "from_pretrained", lambda *a, **k: pytest.fail("weights were loaded"))
+    base = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path}"
+    with pytest.raises(UserError, match=r"would leave out all \d+ samples"):
+        train([*base.split(), "--dataloader_drop_last", "true", "--batch_size", "1000"])
 
 
 def test_missing_output_dir(tiny, data_file):
@@ -352,6 +427,9 @@ def test_launchers_start_torchrun_as_told(tmp_path):
         place = {"VIRTUAL_ENV": tmp_path, "MODEL": "a model", "DATA": "d.json", **variables}
         return launch(script, *flags, cwd=tmp_path, **place).stdout.splitlines()
 
+    too_many = {"VIRTUAL_ENV": tmp_path, "DATA": "d.json", "GPUS_PER_NODE": 8, "DS_ACCELERATOR": ""}
+    result = launch("finetune_lora.sh", cwd=tmp_path, check=False, **too_many)
+    assert result.returncode == 1 and "GPUS_PER_NODE is 8, but 3 can be seen here" in result.stderr
     words = command("finetune_lora.sh", "--max_steps", "10")
     assert words[words.index("--nproc_per_node") + 1] == "3" and "--standalone" in words
     assert words[words.index("--model_name_or_path") + 1] == "a model"

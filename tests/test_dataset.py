@@ -312,6 +312,8 @@ def test_all_problems_are_reported_together(llm_type, tokenizer, tmp_path):
         "no object",
         sample("q", "a", image=3),
         sample("q", "a", image=[["good.png"]]),
+        sample("q", "a", image=["good.png", ""]),
+        {**sample("q", "a"), "images": ["good.png"]},
     ]
     dataset = SupervisedDataset(samples, build_transform(), tokenizer, None, llm_type, image_folder=tmp_path)
     problems = [str(problem) for problem in find_problems(dataset)]
@@ -327,6 +329,8 @@ def test_all_problems_are_reported_together(llm_type, tokenizer, tmp_path):
         "expected an object",
         "'image' is neither",
         "'image' is neither",
+        "'image' has an empty path",
+        "'images' is not read",
     ]
     assert len(problems) == len(causes)
     for number, (problem, cause) in enumerate(zip(problems, causes, strict=True), start=1):
@@ -349,6 +353,23 @@ def test_lost_answers_are_found_before_training(llm_type, tokenizer, golden):
             except ValueError as error:
                 failures.append(str(error))
         assert problems == failures, limit
+
+
+def test_advice_for_a_sample_that_is_too_long(llm_type, tokenizer):
+    """Only what can help: no length beyond the model's, and fewer slices only of pictures that there are."""
+    data = [sample("word " * 300, "a")]
+    dataset = SupervisedDataset(data, None, tokenizer, None, llm_type, max_length=50, max_positions=8192)
+    tokens = dataset.measure(0).tokens
+    assert str(find_problems(dataset)[0]).endswith(f"model_max_length 50: raise --model_max_length to {tokens}")
+    dataset.max_positions = 100
+    assert str(find_problems(dataset)[0]).endswith("since the model takes 100 tokens at most")
+
+
+def test_a_tokenizer_of_the_other_model_is_refused(llm_type):
+    other = {"llama3": "minicpm", "minicpm": "llama3"}[llm_type]
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN[other])
+    with pytest.raises(ValueError, match=r"tokenizer of MiniCPM-(Llama3-V 2\.5|V 2\.0)"):
+        SupervisedDataset([sample("q", "a")], None, tokenizer, None, llm_type)[0]
 
 
 def test_system_turn():

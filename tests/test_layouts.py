@@ -1,7 +1,7 @@
 """The same training at any layout: processes, ZeRO stages, offload, accumulation in place of batch.
 
-A reference of one process without DeepSpeed, trained in this process; the others by finetune.py's own `train`, one
-after another in the same two processes under torchrun, which pays for their start once. Four samples a step, of which
+A reference of one process without DeepSpeed; the others by finetune.py's own `train`, one after another in the same
+two processes under torchrun, which pays for their start once. Four samples a step, of which
 a process often has only text, or only pictures, while the other has the rest: so no layout hangs on that either.
 """
 
@@ -20,7 +20,6 @@ from conftest import LLM_TYPES, ROOT, losses
 from PIL import Image
 from safetensors.torch import load_file
 
-from finetune.finetune import train
 from finetune.loading import EXTRA_WEIGHTS_NAME
 
 STEPS = 20
@@ -83,7 +82,7 @@ def flags(layout: str, llm_type: str, method: str, tiny: dict[str, Path], data: 
         *("--batch_size", at_once, "--gradient_accumulation_steps", accumulation, "--max_steps", STEPS),
         *("--train_sampling_strategy", "sequential", "--learning_rate", 1e-3, "--lr_scheduler_type", "cosine"),
         *("--warmup_steps", 3, "--weight_decay", 0.1, "--logging_steps", 1, "--save_strategy", "no"),
-        *("--gradient_checkpointing", "true", "--dataloader_num_workers", 0, "--report_to", "none"),
+        *("--gradient_checkpointing", "true", "--dataloader_num_workers", 0, "--report_to", "none", "--bf16", "false"),
         *(("--use_lora", "true", "--lora_r", 8, "--lora_dropout", 0) if method == "lora" else ()),
         *(("--deepspeed", deepspeed) if deepspeed else ()),
     )
@@ -97,9 +96,10 @@ def reference(tiny, mixed_file, tmp_path_factory):
 
     def make(llm_type: str, method: str) -> Path:
         if (llm_type, method) not in done:
-            folder = tmp_path_factory.mktemp("reference") / "out"
-            train(flags("reference", llm_type, method, tiny, mixed_file, folder))
-            done[llm_type, method] = folder
+            folder = tmp_path_factory.mktemp("reference")
+            run = flags("reference", llm_type, method, tiny, mixed_file, folder / "out")
+            train_together([run], folder, processes=1)
+            done[llm_type, method] = folder / "out"
         return done[llm_type, method]
 
     return make
@@ -111,7 +111,13 @@ def train_together(runs: list[list[str]], folder: Path, processes: int) -> None:
     program.write_text(PROGRAM)
     listed.write_text(json.dumps(runs))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1").split(",")[:processes]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),  # more than one per process would be used as transformers thinks fit
+    }
     result = subprocess.run(
         [*command, str(program), str(listed)],
         cwd=folder,
@@ -181,3 +187,12 @@ def test_some_layouts(tiny, mixed_file, tmp_path, reference):
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
 def test_every_layout(llm_type, method, tiny, mixed_file, tmp_path, reference):
     check([(layout, llm_type, method) for layout in LAYOUTS], tiny, mixed_file, tmp_path, reference)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_layouts_on_two_gpus(tiny, mixed_file, tmp_path, reference):
+    """In float32, through NCCL."""
+    layouts = ("ddp", "zero2", "zero3", "zero3-offload")
+    runs = [(layout, *trained) for layout in layouts for trained in (("llama3", "lora"), ("minicpm", "full"))]
+    check(runs, tiny, mixed_file, tmp_path, reference)

@@ -278,6 +278,14 @@ def test_generation_of_a_left_padded_batch(model, llm_type):
     assert torch.equal(model.generate(data, **settings), model.generate(padded, **settings))
 
 
+def test_arguments_of_the_original_faq(llm_type):
+    """Its snippet passes `output`, which says nothing about loading."""
+    path = GOLDEN[llm_type]
+    AutoModelForCausalLM.from_pretrained(
+        path, output="output/minicpmv2_lora", device_map="auto", trust_remote_code=True
+    )
+
+
 def test_chat(model, llm_type):
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN[llm_type])
     picture = Image.new("RGB", (900, 500), "red")

@@ -144,6 +144,31 @@ def test_accumulation_equals_a_large_batch(llm_type, dataset, tmp_path):
             torch.testing.assert_close(weight, results[0][1][name], atol=1e-6, rtol=1e-5, msg=name)
 
 
+def test_the_vision_tower_has_a_learning_rate_of_its_own(dataset, llm_type, tmp_path):
+    """On the schedule of all others; 0 leaves it as it is, and changes no step of the rest."""
+    trained = {}
+    for rate in (None, 0.0, 5e-4):
+        model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32)
+        trainer = make_trainer(model, dataset, tmp_path, learning_rate=1e-3, max_steps=4, lr_scheduler_type="linear")
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer.args.vision_learning_rate = rate
+        trainer.create_optimizer()
+        assert sum(len(group["params"]) for group in trainer.optimizer.param_groups) == len(before)
+        rates = {id(p): group["lr"] for group in trainer.optimizer.param_groups for p in group["params"]}
+        for name, parameter in model.named_parameters():
+            assert rates[id(parameter)] == (rate if rate is not None and name.startswith("vpm.") else 1e-3)
+        assert trainer.optimizer.param_groups[0]["lr"] == 1e-3  # what is logged
+        trainer.create_scheduler(4)
+        trainer.lr_scheduler.step()
+        assert {group["lr"] for group in trainer.optimizer.param_groups} == {0.75 * r for r in rates.values()}
+        trainer.optimizer = trainer.lr_scheduler = None
+        trainer.train()
+        trained[rate] = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    moved = {rate: max(float(d.abs().max()) for n, d in trained[rate].items() if "vpm." in n) for rate in trained}
+    assert moved[0.0] == 0.0 < 0.4 * moved[None] < moved[5e-4] < 0.6 * moved[None]
+    assert all(float(d.abs().max()) > 0 for n, d in trained[0.0].items() if n.startswith("resampler.attn.in_proj_w"))
+
+
 def test_loss_divides_by_the_tokens_of_the_whole_step():
     logits = torch.randn(5, 7)
     labels = torch.tensor([1, -100, 2, 3, -100])

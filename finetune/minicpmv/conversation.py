@@ -212,7 +212,9 @@ def _encode_llama3(turns: Sequence[Turn], tokenizer, generation_prompt: bool) ->
     one by one gives the ids of the whole.
     """
     # Beneath the tokenizer's own call, which takes several times as long for short texts.
-    backend = tokenizer.backend_tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of MiniCPM-Llama3-V 2.5, which llama3 stands for")
     ids, asked = [tokenizer.bos_token_id], [False]
     for role, text, supervised in turns:
         header = _llama3_header(backend, role)

@@ -83,6 +83,12 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
         self.llm.set_output_embeddings(new_embeddings)
 
+    @classmethod
+    def from_pretrained(cls, *args, **kwargs) -> MiniCPMV:
+        """As in transformers; `output`, which the original's FAQ passes here, means nothing to loading."""
+        kwargs.pop("output", None)
+        return super().from_pretrained(*args, **kwargs)
+
     def save_pretrained(self, save_directory, **kwargs) -> None:
         """As in transformers; the model code travels along, so the folder loads with `trust_remote_code=True`."""
         self.config.auto_map = dict(AUTO_MAP)
