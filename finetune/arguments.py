@@ -660,12 +660,23 @@ def check_arguments(
             f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
             "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
         )
+    for flag, path in (("model_name_or_path", model.model_name_or_path), ("lora_weight_path", lora.lora_weight_path)):
+        if training.overwrite_output_dir and training.output_dir and _is_in_checkpoint(path, training.output_dir):
+            problems.append(
+                f"--{flag} {path}: is a checkpoint in --output_dir, which --overwrite_output_dir true would move away; "
+                "name another --output_dir"
+            )
     if resume not in (None, "", *TRUE, *FALSE) and (why := fault(Path(resume))):
         problems.append(
             f"--resume_from_checkpoint {resume}: is no complete checkpoint ({why}); name one (OUTPUT_DIR/checkpoint-N) "
             "or say true for the newest in --output_dir"
         )
     return problems
+
+
+def _is_in_checkpoint(path: str, output_dir: str) -> bool:
+    place, run = Path(path).resolve(), Path(output_dir).resolve()
+    return place.is_relative_to(run) and place != run and place.relative_to(run).parts[0].startswith("checkpoint-")
 
 
 def _hardware_problems(model: ModelArguments, training: TrainingArguments) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import stat
 import time
@@ -30,6 +31,7 @@ ASIDE = "_incomplete"
 MANIFEST = "complete.json"
 STATE = "trainer_state.json"
 PROCESSOR = "preprocessor_config.json"
+OS_ERROR = "(os error "  # in the plain exceptions of libraries that are written in Rust, tokenizers among them
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in the RuntimeErrors of torch.save
 
 
@@ -85,8 +87,9 @@ class _Agreed(OSError):
 def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(word in str(error) for word in TORCH_WRITER):
+    except Exception as error:
+        torchs = isinstance(error, RuntimeError) and any(word in str(error) for word in TORCH_WRITER)
+        if not (isinstance(error, OSError | SafetensorError) or torchs or OS_ERROR in str(error)):
             raise
         if writes:  # it would only take room
             shutil.rmtree(aside, ignore_errors=True)
@@ -94,7 +97,7 @@ def _failures(folder: Path, aside: Path, writes: bool) -> Iterator[None]:
         free = shutil.disk_usage(output_dir).free if output_dir.is_dir() else 0
         before = newest_complete(output_dir)
         kept = f"the newest complete checkpoint is {before}" if before else "no checkpoint is complete yet"
-        cause = f"torch.save could not write all of it ({error})" if isinstance(error, RuntimeError) else str(error)
+        cause = f"torch.save could not write all of it ({error})" if torchs else str(error)
         kind = UserError if isinstance(error, _Agreed) else ProcessError
         raise kind(
             f"{folder} could not be saved: {cause}. {free / 2**20:,.0f} MiB are free there; {kept}. Make room (or "
@@ -246,20 +249,36 @@ def _warn_of(folder: str, why: str) -> None:
 
 
 def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1) -> None:
-    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new.
+    """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new, those
+    too that a kill kept from their place; what was not even written whole is removed.
 
     Args:
         after: only those of later steps than this.
     """
-    found = checkpoint_steps(output_dir)
-    _move_aside([Path(folder) for step, folder in found.items() if step > after], Path(output_dir))
+    found = [Path(folder) for step, folder in checkpoint_steps(output_dir).items() if step > after]
+    _move_aside(found, Path(output_dir))
+    left = [folder for folder in Path(output_dir, ASIDE).glob("*") if folder.is_dir()]
+    whole = [folder for folder in left if (folder / MANIFEST).is_file() and fault(folder) is None]
+    _move_aside(whole, Path(output_dir))
+    for folder in left:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def set_newer_aside(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
-    """`set_checkpoints_aside` for a run that goes on from a checkpoint of `output_dir` which is not its newest."""
+    """`set_checkpoints_aside` for a run that goes on from a checkpoint which is not the newest of `output_dir`: of
+    those that are newer, or of all, where it is not one of that folder."""
     steps = [step for step, folder in checkpoint_steps(output_dir).items() if Path(folder).samefile(checkpoint)]
-    if steps:
-        set_checkpoints_aside(output_dir, after=steps[0])
+    set_checkpoints_aside(output_dir, after=steps[0] if steps else -1)
+
+
+def optimizer_kind(checkpoint: str | os.PathLike) -> str | None:
+    """What wrote the optimizer's state of a checkpoint: plain, ZeRO-0, ZeRO-1/2 or ZeRO-3; None: it has none."""
+    names = [path.name for path in Path(checkpoint).glob("global_step*/*")]
+    if any(name.endswith("optim_states.pt") for name in names):
+        return "ZeRO-3" if any(re.match(r"zero_pp_rank_.*model_states\.pt", name) for name in names) else "ZeRO-1/2"
+    if names:
+        return "ZeRO-0"
+    return "plain" if Path(checkpoint, "optimizer.pt").is_file() else None
 
 
 def _move_aside(folders: list[Path], output_dir: Path) -> None:

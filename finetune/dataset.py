@@ -61,6 +61,11 @@ class SampleError(ValueError):
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
 
 
+class Repeated(int):
+    """Index of a sample that fills up the last step of an epoch, where there are fewer samples than processes have room
+    for: the item has nothing supervised, so that the step is what one process would make of the samples."""
+
+
 class Measure(NamedTuple):
     """Length of a sample in tokens, before any truncation."""
 
@@ -167,7 +172,11 @@ class SupervisedDataset(Dataset):
 
     def __getitem__(self, index: int) -> dict:
         item = self._encode(index)
-        return item if self.max_length is None else truncate(item, self.max_length)
+        if self.max_length is not None:
+            item = truncate(item, self.max_length)
+        if isinstance(index, Repeated):
+            item["labels"] = torch.full_like(item["labels"], IGNORE_INDEX)
+        return item
 
     def prompt(self, index: int, turn: int) -> dict:
         """What the model reads before it gives the answer at `turn`: an item, not truncated, that ends with the words

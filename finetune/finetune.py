@@ -9,7 +9,9 @@ All flags: python finetune/finetune.py --help
 
 from __future__ import annotations
 
+import json
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -35,7 +37,7 @@ from finetune.arguments import (
     parse_arguments,
     trained_set_problems,
 )
-from finetune.checkpoints import newest_complete, set_checkpoints_aside, set_newer_aside
+from finetune.checkpoints import newest_complete, optimizer_kind, set_checkpoints_aside, set_newer_aside
 from finetune.checks import (
     BAD_SAMPLES_NAME,
     check_same_data,
@@ -49,6 +51,7 @@ from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, explained, resume_command
 from finetune.loading import (
+    SETTINGS_NAME,
     checkpoint_folder,
     in_parts,
     load_extra_tensors,
@@ -97,8 +100,11 @@ def train(argv: list[str] | None = None) -> None:
         _compare_slicing(config, lora_args.lora_weight_path)
     checkpoint = checkpoint_to_resume(args)
     _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
+    _stop_on(_resume_problems(checkpoint, args) if checkpoint else [], "This checkpoint is not one of such a run:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
+    if checkpoint is not None:
+        _compare_steps(checkpoint, args, len(train_dataset))
     if checkpoint is not None and args.should_save:
         set_newer_aside(checkpoint, args.output_dir)
     elif args.overwrite_output_dir and args.should_save:
@@ -154,6 +160,56 @@ def train(argv: list[str] | None = None) -> None:
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
 
 
+def _resume_problems(checkpoint: str, args: TrainingArguments) -> list[str]:
+    """Why the optimizer's state of a checkpoint cannot be loaded by this run, whose DeepSpeed stage or number of
+    processes is another."""
+    stage = (args.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
+    wanted = {1: "ZeRO-1/2", 2: "ZeRO-1/2", 3: "ZeRO-3"}.get(stage, "ZeRO-0") if args.deepspeed else "plain"
+    found, processes = optimizer_kind(checkpoint), resolved_settings(checkpoint).get("processes", args.world_size)
+    anew = "or train anew from what it holds (--lora_weight_path, --model_name_or_path)"
+    if args.fsdp:
+        return []
+    if found is None:
+        return [f"{checkpoint}: holds no state of the optimizer (--save_only_model): take another, {anew}"]
+    if found != wanted:
+        said = {"plain": "without DeepSpeed"}
+        return [
+            f"{checkpoint}: was saved {said.get(found, f'with {found}')}, and this run goes on "
+            f"{said.get(wanted, f'with {wanted}')}: give the DS_CONFIG (--deepspeed) that it had, {anew}"
+        ]
+    if processes != args.world_size and found in ("ZeRO-1/2", "ZeRO-3"):
+        return [
+            f"{checkpoint}: was saved by {processes} processes with {found}, and this run has {args.world_size}: start "
+            f"as many (GPUS_PER_NODE, NNODES), {anew}"
+        ]
+    return []
+
+
+def _compare_steps(checkpoint: str, args: TrainingArguments, train_samples: int) -> None:
+    """Says where the steps of a resumed run will not be those of an unbroken one."""
+    try:
+        before = json.loads(Path(checkpoint, SETTINGS_NAME).read_text(encoding="utf-8"))
+        resolved, flags = before["resolved"], before["arguments"]["training"]
+        batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
+        pairs = {
+            "samples": (resolved["train_samples"], train_samples),
+            "samples of a step": (
+                resolved["processes"] * flags[batch[0]] * flags[batch[1]],
+                args.world_size * args.per_device_train_batch_size * args.gradient_accumulation_steps,
+            ),
+            "processes": (resolved["processes"], args.world_size),
+            "--seed": (flags["seed"], args.seed),
+        }
+    except (OSError, ValueError, KeyError, TypeError):  # an earlier version's
+        return
+    for what, (then, now) in pairs.items():
+        if then != now:
+            logger.warning(
+                "%s: %s were %s, now %s: order of the samples or random numbers are not those of the unbroken run",
+                *(checkpoint, what, then, now),
+            )
+
+
 def _continued_problems(adapter: str, base: str, cache_dir: str | None) -> list[str]:
     """Whether an adapter can be trained further on this base; weights are not loaded."""
     try:
@@ -182,12 +238,16 @@ def _sampled_base(path: str, cache_dir: str | None) -> dict[str, str]:
 
 def _stop(trainer: CPMTrainer) -> None:
     """The end of a run that a signal stopped: what to do next, and the exit status that shells give for the signal."""
-    if trainer.is_world_process_zero():
+    if is_main_of_node():
         step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir)
         name = signal.Signals(trainer.guard.signal).name
         logger.warning(
-            "%s: stopped after step %d of %d, the newest checkpoint is %s. To go on:\n%s",
-            *(name, step, trainer.state.max_steps, last, resume_command(sys.argv)),
+            "%s: stopped after step %d of %d, the newest checkpoint is %s. To go on%s:\n%s",
+            *(name, step, trainer.state.max_steps, last),
+            " (under SLURM: the same sbatch with --resume_from_checkpoint true)"
+            if "SLURM_JOB_ID" in os.environ
+            else "",
+            resume_command(sys.argv),
         )
     end_together()
     sys.exit(128 + trainer.guard.signal)

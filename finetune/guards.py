@@ -29,10 +29,12 @@ from finetune.errors import ProcessError, UserError, is_main_of_node, over_proce
 logger = logging.getLogger("finetune")
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+RESUME_WITH = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 MAX_NAMES_SHOWN = 20
 SIGNAL_DELAY = 1.0  # seconds in which word of a process that died arrives
 LOADER_DIED = ("killed by signal", "exited unexpectedly")  # not: an exception of the data set, passed on
 LOADER_ERRORS = (RuntimeError, OSError, EOFError, UnpicklingError)  # what this process meets when one dies
+LAUNCHER = "FINETUNE_LAUNCHER"  # its process's number, set by launch.py
 PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
@@ -65,6 +67,10 @@ def _supervised(batch: Mapping) -> int:
     return int((batch["labels"] != -100).sum()) if "labels" in batch else 1  # of another collator
 
 
+class EvaluationLeft(Exception):
+    """An evaluation that a signal ended, in all processes at once."""
+
+
 class Guard(TrainerCallback):
     """Stops a run at the end of a step: on a signal, with a checkpoint; on losses that are no number; on a step
     without a supervised token.
@@ -77,12 +83,14 @@ class Guard(TrainerCallback):
     Attributes:
         signal: the signal that stops the run, in any of its processes; 0: none.
         step: the step that runs.
+        evaluating: an evaluation runs.
     """
 
     def __init__(self, max_bad_steps: int):
         self.max_bad_steps = max_bad_steps
         self.signal = self._received = 0
         self.step = Step([], 0, 0, 1)
+        self.evaluating = False
         self._bad_steps = 0
         self._losses: deque[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
         self._bad_names: deque[list[str]] = deque(maxlen=max_bad_steps)
@@ -119,7 +127,24 @@ class Guard(TrainerCallback):
             control.should_evaluate = False
         if self._bad_steps and state.global_step >= state.max_steps:
             self._end_on_bad_step(state.global_step, kwargs["model"])
-        self._hold_back(state, control)
+        self._hold_back(state, control, kwargs.get("model"))
+
+    def on_prediction_step(self, args, state, control, model=None, **kwargs):
+        """A signal does not wait for the evaluation, which a resumed run makes up for.
+
+        Raises:
+            EvaluationLeft: in all processes, which have the same number of these steps.
+        """
+        if not self._handlers:  # not within training
+            return
+        received = torch.tensor(bool(self._received), dtype=torch.int64)
+        if self._hosts is not None:
+            torch.distributed.all_reduce(received, group=self._hosts)
+        if received:
+            self.signal, self.evaluating = self._received or signal.SIGTERM, False
+            control.should_training_stop = control.should_save = True
+            self._hold_back(state, control, model)
+            raise EvaluationLeft
 
     def _end_on_bad_step(self, step: int, model: torch.nn.Module) -> None:
         """The last step of all has a bad loss: there is a result only where it has changed no weight."""
@@ -142,11 +167,13 @@ class Guard(TrainerCallback):
         if self.signal:  # come within an evaluation, or an epoch that it ended, whose evaluation would take long
             control.should_training_stop = control.should_save = True
             control.should_evaluate = False
-        self._hold_back(state, control)
+        self._hold_back(state, control, kwargs.get("model"))
 
-    def _hold_back(self, state, control) -> None:
-        """No checkpoint of a model that may be spoilt."""
+    def _hold_back(self, state, control, model: torch.nn.Module | None) -> None:
+        """No checkpoint of a model that may be spoilt; on a signal, which leaves no later one, it is looked at."""
         if self._bad_steps and control.should_save:
+            if self.signal and model is not None and all(over_processes(_trained_are_finite(model))):
+                return
             control.should_save = False
             if is_main_of_node():
                 logger.warning("no checkpoint at step %d: its loss is infinite or no number", state.global_step)
@@ -162,7 +189,8 @@ class Guard(TrainerCallback):
         if number == signal.SIGHUP:  # the terminal is gone, and writing to it is an error
             _leave_terminal()
         if first and is_main_of_node():
-            message = f"\n{signal.Signals(number).name}: a checkpoint is saved at the end of this step\n"
+            name = signal.Signals(number).name
+            message = f"\n{name}: a checkpoint is saved at the end of this step, unless another process has failed\n"
             with suppress(OSError):
                 os.write(2, message.encode())  # writing to sys.stderr may interrupt itself
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes it on once more
@@ -235,7 +263,7 @@ def explained(guard: Guard | None, args, config=None) -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, *LOADER_ERRORS) as error:
         if cause := lacking_memory(error):
-            raise ProcessError(_out_of_memory(guard and guard.step, args, config, cause)) from error
+            raise ProcessError(_out_of_memory(guard, args, config, cause)) from error
         if death := death_of_loader(error):
             raise ProcessError(
                 f"a loader process died ({' '.join(str(death).split())[:300]}). Most often the host has run out of "
@@ -270,15 +298,31 @@ def death_of_loader(error: Exception) -> Exception | None:
     return error if died else None
 
 
-def _out_of_memory(step: Step | None, args, config, cause: str) -> str:
+def _out_of_memory(guard: Guard | None, args, config, cause: str) -> str:
+    remedies = memory_remedies(args, config)
     place = "while loading the model"
-    if step is not None:
+    if guard is not None and guard.evaluating:
+        place = "in an evaluation"
+        remedies = [*_evaluation_remedies(args), *remedies]
+    elif guard is not None and not guard.step.names:
+        place = "before the first step"
+    elif guard is not None:
+        step = guard.step
         place = f"at a step of {len(step.names)} samples, {step.tokens} tokens and {step.slices} slices per process"
     return (
-        f"out of memory {place} ({cause}). What helps, from what costs least: "
-        f"{'; '.join(memory_remedies(args, config))}. Then go on with --resume_from_checkpoint true, if a checkpoint "
-        "was saved"
+        f"out of memory {place} ({cause}). What helps, from what costs least: {'; '.join(remedies)}. Then go on with "
+        "--resume_from_checkpoint true, if a checkpoint was saved"
     )
+
+
+def _evaluation_remedies(args) -> list[str]:
+    answers = getattr(args, "predict_with_generate", False)
+    remedies = [
+        ("--per_device_eval_batch_size 1", args.per_device_eval_batch_size > 1),
+        ("--predict_max_new_tokens 32", answers and args.predict_max_new_tokens > 32),
+        ("--predict_with_generate false", answers),
+    ]
+    return [remedy for remedy, applies in remedies if applies]
 
 
 def memory_remedies(args, config=None) -> list[str]:
@@ -343,6 +387,8 @@ def die_with_launcher() -> None:
     """Under torchrun, on Linux: this process is killed when torchrun is, rather than train on beside a resumed run."""
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.environ.get(LAUNCHER) not in (None, str(os.getppid())):  # it was killed before
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def resume_command(argv: Sequence[str]) -> str:
@@ -372,5 +418,5 @@ def resume_command(argv: Sequence[str]) -> str:
             *("--nnodes", str(nodes), "--node_rank", os.environ["GROUP_RANK"]),
             *("--master_addr", os.environ["MASTER_ADDR"], "--master_port", os.environ["MASTER_PORT"]),
         ]  # fmt: skip
-    settings = [f"DS_ACCELERATOR={os.environ['DS_ACCELERATOR']}"] if os.environ.get("DS_ACCELERATOR") else []
+    settings = [f"{name}={os.environ[name]}" for name in RESUME_WITH if name in os.environ]
     return shlex.join([*settings, *start, *words])

@@ -16,6 +16,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
 if __name__ == "__main__":
+    os.environ["FINETUNE_LAUNCHER"] = str(os.getpid())  # for guards.die_with_launcher
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # under nohup; torchrun would put its own handler there
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")  # default of its flag

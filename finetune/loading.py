@@ -15,7 +15,7 @@ import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -202,8 +202,13 @@ def is_hub_name(path: str) -> bool:
 
 
 def missing_in_adapter(folder: str | os.PathLike) -> list[str]:
-    """The files of weights that an adapter folder lacks, one line each."""
+    """The files of weights that an adapter folder lacks, one line each; or that it is another kind of adapter, for some
+    of which PEFT would fetch from the hub what their configuration names."""
     problems = []
+    with suppress(OSError, ValueError, AttributeError):  # named by those who need more of it
+        kind = json.loads(Path(folder, ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
+        if kind != "LORA":
+            return [f"{Path(folder, ADAPTER_CONFIG_NAME)}: peft_type is {kind!r}, expected 'LORA'"]
     if not any(Path(folder, name).is_file() for name in ADAPTER_FILES):
         problems.append(f"{Path(folder, ADAPTER_FILES[0])} is missing: the folder holds no LoRA matrices")
     if not Path(folder, EXTRA_WEIGHTS_NAME).is_file():

@@ -199,7 +199,7 @@ def _metrics_rows(history: Sequence[Mapping]) -> list[tuple[str, str, object]]:
             told = name in ("loss", "train_loss") or name.startswith("eval_")
             if told and isinstance(value, int | float) and not any(word in name for word in SPEED):
                 last[name] = (value, entry.get("step", ""))
-    labels = {"loss": "training loss, last logged", "train_loss": "training loss, mean of the run"}
+    labels = {"loss": "training loss, last logged", "train_loss": "training loss, mean since the run was last started"}
     return [
         (labels.get(name, name.replace("eval_", "evaluation ", 1).replace("_", " ")), f"{value:.4g}", step)
         for name, (value, step) in last.items()

@@ -22,6 +22,7 @@ MASTER_ADDR="$(echo "$NODES" | head -n 1)"
 MASTER_PORT="${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}" # jobs that share a node want different ones
 export NNODES MASTER_ADDR MASTER_PORT
 
+# srun does not take --cpus-per-task from sbatch (since SLURM 22.05).
 # shellcheck disable=SC2016 # SLURM_NODEID is known only on the nodes
-exec srun --ntasks-per-node=1 --kill-on-bad-exit=1 \
+exec srun --ntasks-per-node=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --kill-on-bad-exit=1 \
   sh -c 'NODE_RANK="$SLURM_NODEID" exec sh "$0" "$@"' "$LAUNCHER" "$@"

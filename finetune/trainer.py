@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from html import escape
 from itertools import chain
@@ -21,9 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Dataset, Sampler, SequentialSampler
+from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -33,8 +34,9 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.checkpoints import copy_processor, written_aside
+from finetune.dataset import Repeated
 from finetune.generation import Answered, Predictor, metrics_of
-from finetune.guards import Guard, explained, let_workers_live
+from finetune.guards import EvaluationLeft, Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, checkpoint_folder, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
 from finetune.metrics import METRICS
@@ -46,6 +48,7 @@ from finetune.reporting import write_settings
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
+FUSED_BIAS = re.compile(r"\.(in_proj_bias|qkv\.bias)$")  # of queries, keys and values
 VISION_TOWER = re.compile(r"(^|\.)vpm\.")
 ANSWERS_SHOWN = 8  # at each evaluation, in TensorBoard
 SHOWN_TEXT = 500  # characters of each
@@ -110,6 +113,7 @@ class CPMTrainer(Trainer):
         if self.args.save_on_each_node:
             write_on_each_node(base)
         self._takes_logits_index = isinstance(base, MiniCPMV)
+        still_key_biases(self.model)
         self._full_logits_wanted = False
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
         if self._zero_stage in (1, 2):
@@ -123,6 +127,7 @@ class CPMTrainer(Trainer):
             )
         self.guard = Guard(getattr(self.args, "max_bad_steps", 3))
         self.add_callback(self.guard)
+        self.add_callback(BeforeFirstStep(self))
 
     def train(self, *args, **kwargs):
         """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set. Whatever lies in
@@ -136,12 +141,18 @@ class CPMTrainer(Trainer):
             self.guard.restore_handlers()
 
     def get_train_dataloader(self):
-        """As in Trainer; loader processes leave signals to the training process."""
-        return _with_living_workers(super().get_train_dataloader())
+        """As in Trainer; loader processes leave signals to the training process. accelerate tells the sampler of every
+        epoch, and of the one that a resumed run begins in, where the loader was given it."""
+        loader = super().get_train_dataloader()
+        if isinstance(loader.batch_sampler, BatchSamplerShard):
+            loader.set_sampler(loader.batch_sampler.batch_sampler.sampler)
+        return _with_living_workers(loader)
 
     def get_eval_dataloader(self, *args, **kwargs):
-        """Likewise."""
-        return _with_living_workers(super().get_eval_dataloader(*args, **kwargs))
+        """Likewise; the loader's own draw does not change what training draws."""
+        loader = _with_living_workers(super().get_eval_dataloader(*args, **kwargs))
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -168,6 +179,7 @@ class CPMTrainer(Trainer):
         """As in Trainer; a run that is resumed with all its steps behind it takes no further one. Trainer (5.17 to
         5.24) takes one where the last step lies within an epoch, and has no public place before its first step."""
         place = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
+        self._steps_per_epoch = steps_per_epoch
         return (epochs, 0) if self.state.global_step >= max_steps else place
 
     @property
@@ -206,13 +218,22 @@ class CPMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """As in Trainer, which would group by length by decoding every sample; `lengths` of the data set tell without.
-        A private method, since Trainer has no public place for a sampler; to go when it takes lengths from any data
-        set."""
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length" or getattr(dataset, "lengths", None) is None:
-            return super()._get_train_sampler(train_dataset)
-        samples_per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochLengthSampler(samples_per_step, lengths=dataset.lengths, seed=self.args.seed)
+        Several processes take the steps that one would, see `WholeSteps`.
+
+        A private method, since Trainer has no public place for a sampler."""
+        dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
+        at_once = args.train_batch_size * args.world_size
+        if args.train_sampling_strategy == "group_by_length" and getattr(dataset, "lengths", None) is not None:
+            step = at_once * args.gradient_accumulation_steps
+            sampler = EpochLengthSampler(step, lengths=dataset.lengths, seed=args.seed)
+        else:
+            sampler = super()._get_train_sampler(train_dataset)
+        if sampler is None or args.world_size == 1 or args.dataloader_drop_last:
+            return sampler
+        if type(sampler) is RandomSampler:  # as accelerate does for samplers that it knows
+            seed = args.seed if args.data_seed is None else args.data_seed
+            sampler = SeedableRandomSampler(dataset, data_seed=seed)
+        return WholeSteps(sampler, at_once)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """In order; see `_get_train_sampler`."""
@@ -231,6 +252,7 @@ class CPMTrainer(Trainer):
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in Trainer; with `--predict_with_generate` the metrics of generated answers stand beside the loss before
         anything is logged or compared with the best."""
+        self.guard.evaluating = True
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.predictor is not None and getattr(dataloader, "dataset", None) is self.predictor.dataset:
             start = time.perf_counter()
@@ -239,11 +261,14 @@ class CPMTrainer(Trainer):
             metrics = {**metrics_of(answered), "generation_seconds": round(time.perf_counter() - start, 2)}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
             self._show_answers(answered)
+        self.guard.evaluating = False
         return output
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """As in Trainer; of evaluations whose answers score the same, the one with the least loss is the best, where
         Trainer keeps the first. A private method, since Trainer has no public place to compare evaluations."""
+        if not metrics:  # of an evaluation that a signal ended
+            return False
         if super()._determine_best_metric(metrics, trial):
             return True
         name = (self.args.metric_for_best_model or "").removeprefix("eval_")
@@ -379,13 +404,65 @@ class CPMTrainer(Trainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_tensors(self.model if model is None else model, resume_from_checkpoint)
 
-    def _load_best_model(self) -> None:
-        if self.guard.signal:  # the run is not over
+    def _finalize_training(self, *args, **kwargs):
+        """As in Trainer. A run that a signal stopped is not over: its best checkpoint is not loaded, and Trainer does
+        not remove the newest for it. A private method, since Trainer has no public place between its last step and
+        this."""
+        best = self.state.best_model_checkpoint
+        if self.guard.signal:
+            self.state.best_model_checkpoint = None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.state.best_model_checkpoint = best
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """As in Trainer; without the mean loss of no step, where a finished run was resumed."""
+        if self.state.global_step == getattr(self, "_initial_global_step", None):
+            logs = {name: value for name, value in logs.items() if name != "train_loss"}
+        super().log(logs, *args, **kwargs)
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """As in Trainer; {} where a signal ended it. A private method, since Trainer goes on with what it returns."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationLeft:
+            return {}
+
+    def make_up_evaluation(self) -> None:
+        """Before the first step of a resumed run: the evaluation that was due at the checkpoint's step, where the
+        signal that stopped the run came before it."""
+        args, step, steps_per_epoch = self.args, self.state.global_step, self._steps_per_epoch
+        every = {"steps": self.state.eval_steps, "epoch": steps_per_epoch}.get(args.eval_strategy)
+        delay = (args.eval_delay or 0) * (steps_per_epoch if args.eval_strategy == "epoch" else 1)
+        if not every or not step or step % every or step < delay:
             return
+        logged = chain.from_iterable(entry for entry in self.state.log_history if entry["step"] == step)
+        if not any(name.startswith("eval_") for name in logged):
+            self._determine_best_metric(self._evaluate(None, None), None)
+
+    def _load_best_model(self) -> None:
         super()._load_best_model()
         self._best_loaded = True
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
+
+
+def still_key_biases(model: nn.Module) -> None:
+    """Give biases of attention keys the gradient that they have: none. They add the same to a query's score of every
+    key, which softmax takes out again. What is computed for them is rounding, another at every layout, which Adam would
+    divide by its own size: they would move by the learning rate in every step."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.ndim == 1:
+            if name.endswith("k_proj.bias"):
+                parameter.register_hook(torch.zeros_like)
+            elif FUSED_BIAS.search(name):
+                parameter.register_hook(_without_keys)
+
+
+def _without_keys(gradient: torch.Tensor) -> torch.Tensor:
+    query, key, value = gradient.chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
 
 
 def give_own_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], rate: float) -> None:
@@ -399,6 +476,16 @@ def give_own_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
         outside = [parameter for parameter in group["params"] if id(parameter) not in own]
         groups += [{**group, "params": outside}, {**group, "params": inside, "lr": rate}]
     optimizer.param_groups[:] = [group for group in groups[::2] + groups[1::2] if group["params"]]
+
+
+class BeforeFirstStep(TrainerCallback):
+    """Makes up for an evaluation, when the checkpoint is loaded and nothing is trained yet."""
+
+    def __init__(self, trainer: CPMTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):  # noqa: ARG002
+        self.trainer.make_up_evaluation()
 
 
 class Checkpointing(TrainerCallback):
@@ -457,6 +544,29 @@ def _with_living_workers(loader):
 def _in_turn(functions: Sequence[Callable], worker: int) -> None:
     for function in functions:
         function(worker)
+
+
+class WholeSteps(Sampler):
+    """What a sampler draws, and behind it `Repeated` indices up to a multiple of what all processes take at once.
+    accelerate would fill up with samples of which the model learns twice."""
+
+    def __init__(self, sampler: Sampler, at_once: int):
+        self.sampler, self.at_once = sampler, at_once
+
+    def __len__(self) -> int:
+        return -(-len(self.sampler) // self.at_once) * self.at_once
+
+    def __iter__(self) -> Iterator[int]:
+        first = None
+        for index in self.sampler:
+            first = index if first is None else first
+            yield index
+        yield from [Repeated(first)] * (len(self) - len(self.sampler))
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of every epoch."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
 
 
 class EpochLengthSampler(LengthGroupedSampler):

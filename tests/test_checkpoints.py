@@ -25,6 +25,7 @@ from finetune.checkpoints import (
     fault,
     newest_complete,
     newest_everywhere,
+    optimizer_kind,
     set_checkpoints_aside,
     set_newer_aside,
     write_manifest,
@@ -32,6 +33,8 @@ from finetune.checkpoints import (
 )
 from finetune.dataset import data_collator
 from finetune.errors import UserError
+from finetune.finetune import _compare_steps, _resume_problems
+from finetune.loading import SETTINGS_NAME
 from finetune.trainer import CPMTrainer
 
 
@@ -120,8 +123,9 @@ def test_a_whole_checkpoint_that_a_kill_kept_from_its_place_is_put_there(saved, 
         aside.mkdir(parents=True, exist_ok=True)
         write_files(aside)
         write_manifest(aside)
-        if not older_is_there:
-            set_checkpoints_aside(tmp_path)
+        if not older_is_there:  # set_checkpoints_aside would take the new one along
+            (tmp_path / "_earlier-mine").mkdir()
+            saved.rename(tmp_path / "_earlier-mine" / saved.name)
         assert newest_everywhere(tmp_path, writes=False) == (str(saved) if older_is_there else None)
         assert newest_everywhere(tmp_path, writes=True) == str(saved)
         assert not (saved / "mine").exists() and not aside.exists()
@@ -129,15 +133,60 @@ def test_a_whole_checkpoint_that_a_kill_kept_from_its_place_is_put_there(saved, 
     assert "saved whole" in caplog.text
 
 
-def test_going_on_from_an_older_checkpoint_moves_newer_ones_aside(saved, tmp_path):
+@pytest.mark.usefixtures("saved")
+def test_going_on_from_an_older_checkpoint_moves_newer_ones_aside(tmp_path):
     for step in (3, 9, 12):
         with written_aside(tmp_path / f"checkpoint-{step}", writes=True) as aside:
             write_files(aside)
     set_newer_aside(f"{tmp_path}/../{tmp_path.name}/checkpoint-7", tmp_path)
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-7"]
     assert len(list(tmp_path.glob("_earlier-*/checkpoint-*"))) == 2
-    set_newer_aside(next(tmp_path.glob("_earlier-*/checkpoint-9")), tmp_path)  # of another folder
-    assert saved.exists()
+    elsewhere = next(tmp_path.glob("_earlier-*/checkpoint-9"))
+    set_newer_aside(elsewhere, tmp_path)  # whatever its number: those here are of another run
+    assert newest_complete(tmp_path) is None and elsewhere.exists()
+    assert len(list(tmp_path.glob("_earlier-*/checkpoint-*"))) == 4
+
+
+@pytest.mark.usefixtures("saved")
+def test_what_kills_left_of_an_earlier_run_is_not_taken_for_new(tmp_path):
+    """A checkpoint that is whole but was not put in its place is moved away with the others; half of one is removed."""
+    for step, whole in ((8, True), (9, False)):
+        aside = tmp_path / ASIDE / f"checkpoint-{step}"
+        aside.mkdir(parents=True)
+        write_files(aside)
+        if whole:
+            write_manifest(aside)
+    set_checkpoints_aside(tmp_path)
+    assert newest_everywhere(tmp_path, writes=True) is None
+    assert {path.name for path in tmp_path.glob("_earlier-*/*")} == {"checkpoint-7", "checkpoint-8"}
+    assert not list((tmp_path / ASIDE).iterdir())
+
+
+def test_errors_of_libraries_in_rust_are_about_saving(tmp_path):
+    """tokenizers raises a plain Exception."""
+    with pytest.raises(UserError, match="could not be saved"), written_aside(tmp_path / "checkpoint-9", True) as aside:
+        (aside / "half").touch()
+        raise Exception("No space left on device (os error 28)")
+    assert not aside.exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "kind"),
+    [
+        (["optimizer.pt"], "plain"),
+        (["global_step2/mp_rank_00_model_states.pt"], "ZeRO-0"),
+        (["global_step2/mp_rank_00_model_states.pt",
+          "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO-1/2"),
+        (["global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt",
+          "global_step2/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "ZeRO-3"),
+        (["model.safetensors"], None),
+    ],
+)  # fmt: skip
+def test_what_wrote_the_optimizer(tmp_path, files, kind):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert optimizer_kind(tmp_path) == kind
 
 
 def test_a_file_that_is_not_whole_is_found_before_the_rename(saved, tmp_path):
@@ -223,6 +272,14 @@ def test_a_finished_run_that_is_resumed_takes_no_step(tmp_path):
     longer = trainer_of(tmp_path, save_steps=1, max_steps=5)
     longer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert [entry["step"] for entry in longer.state.log_history if "loss" in entry] == [1, 2, 3, 4, 5]
+
+
+def test_a_finished_run_that_is_resumed_has_no_mean_loss(tmp_path):
+    trainer_of(tmp_path, save_steps=2, max_steps=2).train()
+    again = trainer_of(tmp_path, save_steps=2, max_steps=2)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert not any(entry.get("train_loss") == 0 for entry in again.state.log_history)
+    assert any("train_runtime" in entry for entry in again.state.log_history)
 
 
 def test_the_hub_is_given_the_result_alone(tmp_path, monkeypatch):
@@ -315,3 +372,54 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path):
     assert result.returncode != 0
     assert "checkpoint-2 could not be saved" in result.stderr, result.stderr[-3000:]
     assert "left ['checkpoint-1'] None" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "message"),
+    [
+        (None, 2, None),
+        (None, 1, None),  # with other random numbers, which is said
+        (2, 2, "was saved without DeepSpeed, and this run goes on with ZeRO-1/2"),
+    ],
+)
+def test_a_plain_checkpoint_is_one_of_such_a_run(tmp_path, stage, processes, message, caplog):
+    check_resuming(tmp_path, ["optimizer.pt"], stage, processes, message)
+    settings = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "seed": 1}
+    record = {"resolved": {"processes": 2, "train_samples": 9}, "arguments": {"training": settings}}
+    (tmp_path / SETTINGS_NAME).write_text(json.dumps(record))
+    args = SimpleNamespace(**{**settings, "gradient_accumulation_steps": 8 // processes}, world_size=processes)
+    _compare_steps(str(tmp_path), args, 9)
+    assert ("processes were 2, now 1" in caplog.text) == (processes == 1)
+    caplog.clear()
+    _compare_steps(str(tmp_path), args, 10)
+    assert "samples were 9, now 10" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("stage", "processes", "message"),
+    [
+        (2, 2, None),
+        (1, 2, None),
+        (3, 2, "was saved with ZeRO-1/2, and this run goes on with ZeRO-3"),
+        (None, 2, "goes on without DeepSpeed"),
+        (2, 4, "was saved by 2 processes with ZeRO-1/2, and this run has 4"),
+    ],
+)
+def test_a_partitioned_checkpoint_is_one_of_such_a_run(tmp_path, stage, processes, message):
+    names = [f"global_step2/zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in (0, 1)]
+    check_resuming(tmp_path, names, stage, processes, message)
+
+
+def test_a_checkpoint_without_optimizer_is_not_gone_on_from(tmp_path):
+    check_resuming(tmp_path, ["model.safetensors"], None, 2, "holds no state of the optimizer")
+
+
+def check_resuming(folder: Path, files: list[str], stage: int | None, processes: int, message: str | None) -> None:
+    """What a run says that is to go on from these files, which two processes saved."""
+    for name in files:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    (folder / SETTINGS_NAME).write_text(json.dumps({"resolved": {"processes": 2}}))
+    deepspeed = None if stage is None else {"zero_optimization": {"stage": stage}}
+    problems = _resume_problems(str(folder), SimpleNamespace(deepspeed=deepspeed, world_size=processes, fsdp=[]))
+    assert len(problems) == (message is not None) and all(message in problem for problem in problems)

@@ -186,6 +186,7 @@ def test_resuming_leaves_checkpoints_where_they_are(tiny, data_file, tmp_path, m
     """--overwrite_output_dir in a script, --resume_from_checkpoint behind it."""
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{}")
+    torch.save({}, tmp_path / "checkpoint-3" / "optimizer.pt")
     monkeypatch.setattr("finetune.finetune.load_model", lambda *a, **k: (_ for _ in ()).throw(InterruptedError))
     flags = f"--model_name_or_path {tiny['llama3']} --data_path {data_file} --output_dir {tmp_path}".split()
     with pytest.raises(InterruptedError):
@@ -314,6 +315,15 @@ def test_earlier_run_is_not_overwritten(given, tmp_path):
     (_, _, training, _), problems = given("--resume_from_checkpoint", tmp_path / "out" / "checkpoint-3")
     assert problems == [] and Path(checkpoint_to_resume(training)).name == "checkpoint-3"
     assert any("earlier run" in problem for problem in given("--resume_from_checkpoint", "false")[1])
+
+
+def test_what_would_be_moved_away_is_not_started_from(given, tmp_path):
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    for flags in (("--model_name_or_path",), ("--use_lora", "true", "--lora_weight_path")):
+        for overwrite in ("true", "false"):
+            _, problems = given(*flags, checkpoint, "--overwrite_output_dir", overwrite)
+            assert any("would move away" in problem for problem in problems) == (overwrite == "true")
+    assert given("--overwrite_output_dir", "true")[1] == []
 
 
 def test_precision_is_found(given, monkeypatch):

@@ -6,13 +6,16 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import GOLDEN, golden_batch
+from conftest import GOLDEN, ROOT, golden_batch
 from torch.utils.data import get_worker_info
 from transformers import AutoModel, TrainerCallback
 
@@ -20,7 +23,7 @@ from finetune.arguments import TrainingArguments
 from finetune.checkpoints import newest_complete
 from finetune.dataset import data_collator
 from finetune.errors import ProcessError, UserError
-from finetune.guards import explained, memory_remedies, resume_command
+from finetune.guards import RESUME_WITH, explained, memory_remedies, resume_command
 from finetune.trainer import CPMTrainer
 
 
@@ -139,6 +142,31 @@ def test_out_of_memory_says_what_was_computed_and_what_helps(tmp_path):
     assert "Tried to allocate 2.00 GiB" in str(caught.value)
 
 
+def test_out_of_memory_before_the_first_step_and_in_an_evaluation(tmp_path):
+    class Fail(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(ProcessError, match="out of memory before the first step"):
+        trainer_of(tmp_path, callbacks=[Fail()]).train()
+    trainer = trainer_of(
+        *(tmp_path, None, None, (), Items(count=4)),
+        **{"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
+    )
+    plain = trainer.compute_loss_func
+
+    def loss(*args, **kwargs):
+        if trainer.state.global_step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(*args, **kwargs)
+
+    trainer.compute_loss_func = loss
+    with pytest.raises(
+        ProcessError, match=r"out of memory in an evaluation .*costs least: --per_device_eval_batch_size 1"
+    ):
+        trainer.train()
+
+
 @pytest.mark.parametrize(
     ("error", "where"),
     [
@@ -231,7 +259,7 @@ def test_loader_processes_survive_the_signal_that_ends_training(tmp_path):
 
 
 def test_a_signal_within_an_evaluation(tmp_path):
-    """It reaches the loader processes too; the run ends with a checkpoint, and no further evaluation."""
+    """It reaches the loader processes too; the run ends with a checkpoint, without the rest of the evaluation."""
     evaluations = []
 
     class Stop(TrainerCallback):
@@ -246,13 +274,83 @@ def test_a_signal_within_an_evaluation(tmp_path):
         tmp_path, callbacks=[Stop()], evaluated=Items(count=3, spoil=signal_worker(1, signal.SIGTERM)), **arguments
     )
     trainer.train()
-    assert trainer.guard.signal == signal.SIGTERM and len(evaluations) == 1
+    assert trainer.guard.signal == signal.SIGTERM and not evaluations
     assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
+class SignalInEvaluation(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_prediction_step(self, _args, state, _control, **_):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+@pytest.mark.parametrize("stop", [SignalAt(4, signal.SIGTERM), SignalInEvaluation(4)])
+def test_an_evaluation_that_a_signal_ended_is_made_up_for(tmp_path, stop, strategy):
+    """The resumed run has the losses and evaluations of the unbroken one, and knows the same best checkpoint."""
+
+    def run(folder, callbacks=(), resume=None):
+        trainer = trainer_of(
+            *(tmp_path / folder, Items(count=4), None, callbacks, Items(count=3)),
+            **{"eval_strategy": strategy, "eval_steps": 2, "save_strategy": strategy, "save_steps": 2, "max_steps": 8},
+            **{"metric_for_best_model": "loss", "greater_is_better": False, "train_sampling_strategy": "random"},
+        )
+        plain = trainer.compute_loss_func
+
+        def loss(*args, **kwargs):  # random in training, as dropout makes it
+            return plain(*args, **kwargs) * (0.5 + torch.rand(()) if trainer.model.training else 1.0)
+
+        trainer.compute_loss_func = loss
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    def figures(trainer, name):
+        return [(entry["step"], entry[name]) for entry in trainer.state.log_history if name in entry]
+
+    unbroken = run("unbroken")
+    stopped = run("broken", [stop])
+    assert stopped.guard.signal and stopped.state.global_step == 4
+    assert figures(stopped, "eval_loss") == figures(unbroken, "eval_loss")[: 1 if strategy == "steps" else 0]
+    resumed = run("broken", resume=newest_complete(tmp_path / "broken"))
+    for name in ("loss", "eval_loss"):
+        assert figures(resumed, name) == figures(unbroken, name)
+    assert resumed.state.best_global_step == unbroken.state.best_global_step
+    assert Path(resumed.state.best_model_checkpoint).name == Path(unbroken.state.best_model_checkpoint).name
+
+
+def test_a_run_that_is_stopped_keeps_its_newest_checkpoint(tmp_path):
+    """Also where only the best, here the first, is to be kept at the end."""
+    saving = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "load_best_model_at_end": True}
+    best = {"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True}
+    trainer = trainer_of(tmp_path, callbacks=[SignalAt(4, signal.SIGTERM)], evaluated=Items(count=2), **saving, **best)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-4"]
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
+
+
+@pytest.mark.parametrize(("optim", "saved"), [("adamw_torch_fused", True), ("sgd", False)])
+def test_a_signal_at_a_bad_step_saves_what_is_not_spoilt(tmp_path, optim, saved):
+    trainer = trainer_of(tmp_path, callbacks=[SignalAt(3, signal.SIGTERM)], optim=optim)
+    spoil_losses(trainer, (3,), float("nan"))
+    trainer.train()
+    assert newest_complete(tmp_path) == (str(tmp_path / "checkpoint-3") if saved else None)
+
+
+def test_a_process_whose_launcher_is_gone_ends():
+    """Killed before the process had asked to be told of it."""
+    program = "from finetune.guards import die_with_launcher; die_with_launcher(); print('lives')"
+    for launcher, status in ((os.getpid(), 0), (2**30, -signal.SIGKILL)):
+        environment = {**os.environ, "TORCHELASTIC_RUN_ID": "none", "FINETUNE_LAUNCHER": str(launcher)}
+        result = subprocess.run([sys.executable, "-c", program], env=environment, cwd=ROOT, capture_output=True)
+        assert result.returncode == status and (b"lives" in result.stdout) == (status == 0)
+
+
 def test_resume_command(monkeypatch):
-    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
-    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+    for name in ("TORCHELASTIC_RUN_ID", *RESUME_WITH):
+        monkeypatch.delenv(name, raising=False)
     argv = ["finetune/finetune.py", "--data_path", "my data.json", "b.json", "--overwrite_output_dir", "true"]
     argv += ["--resume_from_checkpoint=x", "--bf16", "--overwrite_output_dir", "--fp16", "false"]
     command = resume_command(argv)
@@ -264,6 +362,8 @@ def test_resume_command(monkeypatch):
         monkeypatch.setenv(name, value)
     assert "launch.py --nproc_per_node 2 --standalone finetune/finetune.py" in resume_command(argv)
     assert resume_command(argv).startswith("DS_ACCELERATOR=cpu ")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    assert resume_command(argv).startswith("DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=2,3 ")
     for name, value in {"WORLD_SIZE": "6", "GROUP_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "7"}.items():
         monkeypatch.setenv(name, value)
     expected = "--nproc_per_node 2 --nnodes 3 --node_rank 1 --master_addr a --master_port 7 finetune/finetune.py"

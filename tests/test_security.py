@@ -526,3 +526,27 @@ def test_deepspeed_resumes_from_good_checkpoints_only(stage, tiny, data_file, tm
     resume = ("--resume_from_checkpoint", folder / "checkpoint-2")
     result = launched(folder, tiny, data_file, tmp_path / "ds.json", *resume, check=False)
     assert result.returncode != 0 and result.stderr.count(f"{state}: would run code") == 1
+
+
+def test_other_kinds_of_adapters_fetch_nothing(tiny, data_file, lora_run, tmp_path):
+    """Some of PEFT's have their configuration name a tokenizer or an adapter on the hub."""
+    adapter = shutil.copytree(lora_run, tmp_path / "adapter", ignore=shutil.ignore_patterns("checkpoint-*"))
+    file = adapter / "adapter_config.json"
+    config = {**json.loads(file.read_text()), "peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT"}
+    file.write_text(json.dumps({**config, "tokenizer_name_or_path": "somebody/else", "prompt_tuning_init_text": "a"}))
+    with pytest.raises(UserError, match="peft_type is 'PROMPT_TUNING', expected 'LORA'"):
+        train(flags(tiny["llama3"], data_file, tmp_path / "out", *LORA, "--lora_weight_path", adapter))
+    with pytest.raises(ValueError, match="peft_type is 'PROMPT_TUNING', expected 'LORA'"):
+        load_finetuned(adapter, tiny["llama3"])
+
+
+def test_kernels_that_a_checkpoint_names_are_not_fetched(tiny, tmp_path):
+    model = shutil.copytree(tiny["llama3"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    for fields in (config, config["vision_config"]):
+        fields["attn_implementation"] = fields["_attn_implementation"] = "somebody/kernels"
+    (model / "config.json").write_text(json.dumps(config))
+    loaded, _ = load_finetuned(model)
+    assert loaded.config._attn_implementation == loaded.vpm.config._attn_implementation == "sdpa"
+    eager, _ = load_finetuned(model, attn_implementation="eager")
+    assert eager.config._attn_implementation == "eager"

@@ -8,12 +8,13 @@ from itertools import chain
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, golden_batch
 from torch import nn
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
+from finetune.dataset import Repeated, SupervisedDataset, build_transform, data_collator, load_samples
 from finetune.trainer import CPMTrainer, token_loss
 
 QUERIES = {"llama3": 12, "minicpm": 16}
@@ -245,3 +246,62 @@ def test_group_by_length(model, dataset, tmp_path, monkeypatch):
     assert sorted(chain.from_iterable(epochs[0])) == list(range(len(dataset)))
     assert max(dataset.lengths) == dataset.lengths[epochs[0][0][0]]
     assert list(chain.from_iterable(trainer.get_eval_dataloader())) == list(range(len(dataset)))
+
+
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+@pytest.mark.parametrize("samples", [5, 6, 7, 8])
+def test_two_processes_take_the_steps_of_one(model, dataset, tmp_path, monkeypatch, strategy, samples):
+    """Each epoch, and one that a resumed run begins within; nothing is learned twice where samples are left over."""
+    dataset.lengths = [len(dataset[n]["input_ids"]) for n in range(samples)]
+    dataset.raw_data = dataset.raw_data[:samples]
+    monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda _, index: {"index": index})
+
+    def loader_of(processes: int, process: int):
+        settings = {"train_sampling_strategy": strategy, "per_device_train_batch_size": 4 // processes}
+        trainer = make_trainer(model, dataset, tmp_path, **settings)
+        trainer.data_collator = lambda items: [item["index"] for item in items]
+        monkeypatch.setattr(TrainingArguments, "world_size", processes)
+        monkeypatch.setattr(trainer.accelerator, "prepare", partial(_prepared, processes=processes, process=process))
+        return trainer.get_train_dataloader()
+
+    one, *two = loader_of(1, 0), loader_of(2, 0), loader_of(2, 1)
+    for epoch in (1, 0, 1):
+        steps = []
+        for loader in (one, *two):
+            loader.set_epoch(epoch)
+            steps.append(list(loader))
+        together = [left + right for left, right in zip(*steps[1:], strict=True)]
+        learned = [sorted(index for index in step if not isinstance(index, Repeated)) for step in together]
+        if strategy != "group_by_length" or samples == 8:  # megabatches are as long as a step of all processes
+            assert learned == [sorted(step) for step in steps[0]]
+        assert sorted(chain.from_iterable(learned)) == list(range(samples))
+        for loader, whole in zip((one, *two), steps, strict=True):
+            resumed = skip_first_batches(loader, 1)
+            resumed.set_epoch(epoch)
+            assert list(resumed) == whole[1:]
+
+
+def _prepared(loader, processes: int, process: int):
+    settings = {"put_on_device": False, "use_seedable_sampler": True, "rng_types": []}
+    return prepare_data_loader(loader, num_processes=processes, process_index=process, **settings)
+
+
+def test_a_repeated_sample_teaches_nothing(dataset):
+    plain, repeated = dataset[1], dataset[Repeated(1)]
+    assert (plain["labels"] != -100).any() and (repeated["labels"] == -100).all()
+    assert torch.equal(plain["input_ids"], repeated["input_ids"])
+
+
+def test_biases_of_keys_do_not_move(model, llm_type, dataset, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    make_trainer(model, dataset, tmp_path, max_steps=2, optim="adamw_torch", learning_rate=1e-2).train()
+    width = model.resampler.attn.in_proj_bias.numel() // 3
+    moved = {name: (p.detach() - before[name]).abs() for name, p in model.named_parameters()}
+    bias = moved["resampler.attn.in_proj_bias"]
+    assert bias[width : 2 * width].max() == 0 < bias[:width].max() and bias[2 * width :].max() > 0
+    keys = [n for n in moved if n.startswith("vpm.") and n.endswith(("k_proj.bias", "qkv.bias"))]
+    assert keys
+    for name in keys:
+        third = moved[name].numel() // 3
+        assert moved[name][third : 2 * third].max() == 0
+        assert (moved[name].max() == 0) == (llm_type == "llama3")

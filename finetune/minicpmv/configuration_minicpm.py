@@ -10,6 +10,7 @@ LLM_TYPES = {
     "llama3": "MiniCPM-Llama3-V 2.5 (openbmb/MiniCPM-Llama3-V-2_5)",
     "minicpm": "MiniCPM-V 2.0 (openbmb/MiniCPM-V-2)",
 }
+KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation")  # what may name some
 
 
 class StripVisionConfig(Idefics2VisionConfig):
@@ -106,6 +107,12 @@ class MiniCPMVConfig(PreTrainedConfig):
         self.dim_model_base = dim_model_base
         super().__init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers, which would fetch the attention kernels from the hub that a file may name; which ones are
+        used is for the caller to say."""
+        return super().from_dict(_without_kernels(config_dict), **kwargs)
+
     @property
     def llm_type(self) -> str:
         """`llama3` for MiniCPM-Llama3-V 2.5, `minicpm` for MiniCPM-V 2.0."""
@@ -193,6 +200,11 @@ class MiniCPMVConfig(PreTrainedConfig):
             config.num_hidden_layers -= 1
         config.dtype = self.dtype
         return config
+
+
+def _without_kernels(fields: dict) -> dict:
+    kept = {name: value for name, value in fields.items() if name.lstrip("_") not in KERNELS}
+    return {name: _without_kernels(value) if isinstance(value, dict) else value for name, value in kept.items()}
 
 
 MiniCPMVConfig.register_for_auto_class()
