@@ -367,7 +367,7 @@ def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_ar
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return ["nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"]
     try:
-        CPMTrainer.get_optimizer_cls_and_kwargs(args, model)
+        transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ValueError, ImportError) as error:  # a package that it needs
         return [f"--optim {args.optim.value}: {error}"]
     return []

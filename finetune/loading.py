@@ -208,7 +208,7 @@ def missing_in_adapter(folder: str | os.PathLike) -> list[str]:
     with suppress(OSError, ValueError, AttributeError):  # named by those who need more of it
         kind = json.loads(Path(folder, ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
         if kind != "LORA":
-            return [f"{Path(folder, ADAPTER_CONFIG_NAME)}: peft_type is {kind!r}, expected 'LORA'"]
+            return [f"{Path(folder, ADAPTER_CONFIG_NAME)}: peft_type is {kind!r}, expected LORA"]
     if not any(Path(folder, name).is_file() for name in ADAPTER_FILES):
         problems.append(f"{Path(folder, ADAPTER_FILES[0])} is missing: the folder holds no LoRA matrices")
     if not Path(folder, EXTRA_WEIGHTS_NAME).is_file():

@@ -574,7 +574,7 @@ def test_cards(adapter, tmp_path):
             "| evaluation loss | 0.5 | 2 |",
             "| evaluation exact match | 0.75 | 2 |",
             "| torch | 2.14.0 |",
-            "mean of the run",
+            "mean since the run was last started",
         ),
     ):
         assert words in card.text
@@ -708,9 +708,14 @@ def test_training_writes_cards(bases, dataset, tmp_path, method):
     result, first = (ModelCard.load(folder / CARD) for folder in (output, output / "checkpoint-1"))
     assert result.data.library_name == ("peft" if method == "lora" else "transformers")
     assert result.data.base_model == "openbmb/MiniCPM-Llama3-V-2_5"
-    for words in ("# pets", "2 samples", "| evaluation loss |", "| training loss, mean of the run |"):
+    for words in (
+        "# pets",
+        "2 samples",
+        "| evaluation loss |",
+        "| training loss, mean since the run was last started |",
+    ):
         assert words in result.text, words
-    assert "# pets" in first.text and "mean of the run" not in first.text
+    assert "# pets" in first.text and "mean since the run was last started" not in first.text
     evaluations = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
     assert f"| evaluation loss | {evaluations[1]:.4g} | 1 |" in first.text
     assert f"| evaluation loss | {evaluations[2]:.4g} | 2 |" in result.text

@@ -534,9 +534,9 @@ def test_other_kinds_of_adapters_fetch_nothing(tiny, data_file, lora_run, tmp_pa
     file = adapter / "adapter_config.json"
     config = {**json.loads(file.read_text()), "peft_type": "PROMPT_TUNING", "prompt_tuning_init": "TEXT"}
     file.write_text(json.dumps({**config, "tokenizer_name_or_path": "somebody/else", "prompt_tuning_init_text": "a"}))
-    with pytest.raises(UserError, match="peft_type is 'PROMPT_TUNING', expected 'LORA'"):
+    with pytest.raises(UserError, match="peft_type is 'PROMPT_TUNING', expected LORA"):
         train(flags(tiny["llama3"], data_file, tmp_path / "out", *LORA, "--lora_weight_path", adapter))
-    with pytest.raises(ValueError, match="peft_type is 'PROMPT_TUNING', expected 'LORA'"):
+    with pytest.raises(ValueError, match="peft_type is 'PROMPT_TUNING', expected LORA"):
         load_finetuned(adapter, tiny["llama3"])
 
 

@@ -227,7 +227,7 @@ def test_one_process_needs_no_communication(tmp_path, monkeypatch):
         arguments = TrainingArguments(output_dir=str(tmp_path))
         assert arguments.accelerator_config == ({"non_blocking": True} if has_gpu else None)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert TrainingArguments(output_dir=str(tmp_path), deepspeed=str(path)).deepspeed == str(path)
+    assert TrainingArguments(output_dir=str(tmp_path), deepspeed=str(path)).deepspeed == json.loads(path.read_text())
     arguments = TrainingArguments(output_dir=str(tmp_path), accelerator_config={"split_batches": True})
     assert arguments.accelerator_config == {"split_batches": True}
 
