@@ -239,7 +239,7 @@ class TrainingArguments(transformers.TrainingArguments):
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             config = without_communication(config)
         if saves_no_model(config):
-            config["zero_optimization"][GATHER] = True
+            config = {**config, "zero_optimization": {**config["zero_optimization"], GATHER: True}}
             if is_main_of_node():
                 logger.warning(
                     'the DeepSpeed file lacks "%s": true, without which no model is saved: it is set', GATHER

@@ -9,7 +9,6 @@ All flags: python finetune/finetune.py --help
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -57,6 +56,7 @@ from finetune.loading import (
     load_extra_tensors,
     load_tokenizer,
     other_base_problems,
+    read_record,
     resolved_settings,
     sample_weights,
     trained_slices,
@@ -163,12 +163,12 @@ def train(argv: list[str] | None = None) -> None:
 def _resume_problems(checkpoint: str, args: TrainingArguments) -> list[str]:
     """Why the optimizer's state of a checkpoint cannot be loaded by this run, whose DeepSpeed stage or number of
     processes is another."""
+    if args.fsdp:
+        return []
     stage = (args.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     wanted = {1: "ZeRO-1/2", 2: "ZeRO-1/2", 3: "ZeRO-3"}.get(stage, "ZeRO-0") if args.deepspeed else "plain"
     found, processes = optimizer_kind(checkpoint), resolved_settings(checkpoint).get("processes", args.world_size)
     anew = "or train anew from what it holds (--lora_weight_path, --model_name_or_path)"
-    if args.fsdp:
-        return []
     if found is None:
         return [f"{checkpoint}: holds no state of the optimizer (--save_only_model): take another, {anew}"]
     if found != wanted:
@@ -188,7 +188,7 @@ def _resume_problems(checkpoint: str, args: TrainingArguments) -> list[str]:
 def _compare_steps(checkpoint: str, args: TrainingArguments, train_samples: int) -> None:
     """Says where the steps of a resumed run will not be those of an unbroken one."""
     try:
-        before = json.loads(Path(checkpoint, SETTINGS_NAME).read_text(encoding="utf-8"))
+        before = read_record(Path(checkpoint, SETTINGS_NAME))
         resolved, flags = before["resolved"], before["arguments"]["training"]
         batch = ("per_device_train_batch_size", "gradient_accumulation_steps")
         pairs = {
@@ -200,10 +200,10 @@ def _compare_steps(checkpoint: str, args: TrainingArguments, train_samples: int)
             "processes": (resolved["processes"], args.world_size),
             "--seed": (flags["seed"], args.seed),
         }
-    except (OSError, ValueError, KeyError, TypeError):  # an earlier version's
+    except (KeyError, TypeError):  # an earlier version's
         return
     for what, (then, now) in pairs.items():
-        if then != now:
+        if then != now and is_main_of_node():
             logger.warning(
                 "%s: %s were %s, now %s: order of the samples or random numbers are not those of the unbroken run",
                 *(checkpoint, what, then, now),
@@ -241,12 +241,10 @@ def _stop(trainer: CPMTrainer) -> None:
     if is_main_of_node():
         step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir)
         name = signal.Signals(trainer.guard.signal).name
+        slurm = " (under SLURM: the same sbatch with --resume_from_checkpoint true)"
         logger.warning(
             "%s: stopped after step %d of %d, the newest checkpoint is %s. To go on%s:\n%s",
-            *(name, step, trainer.state.max_steps, last),
-            " (under SLURM: the same sbatch with --resume_from_checkpoint true)"
-            if "SLURM_JOB_ID" in os.environ
-            else "",
+            *(name, step, trainer.state.max_steps, last, slurm if "SLURM_JOB_ID" in os.environ else ""),
             resume_command(sys.argv),
         )
     end_together()

@@ -122,16 +122,21 @@ def test_a_step_without_supervised_tokens_names_its_samples(tmp_path):
     assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-2")
 
 
-def test_out_of_memory_says_what_was_computed_and_what_helps(tmp_path):
-    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, model_max_length=2048)
+def run_out_of_memory(trainer: CPMTrainer, message: str) -> None:
+    """At the first loss, of training or evaluation, behind step 1."""
     plain = trainer.compute_loss_func
 
     def loss(*args, **kwargs):
         if trainer.state.global_step == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+            raise torch.OutOfMemoryError(message)
         return plain(*args, **kwargs)
 
     trainer.compute_loss_func = loss
+
+
+def test_out_of_memory_says_what_was_computed_and_what_helps(tmp_path):
+    trainer = trainer_of(tmp_path, per_device_train_batch_size=2, model_max_length=2048)
+    run_out_of_memory(trainer, "CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
     with pytest.raises(ProcessError) as caught:
         trainer.train()
     items = [trainer.train_dataset[number] for number in (2, 3)]
@@ -153,14 +158,7 @@ def test_out_of_memory_before_the_first_step_and_in_an_evaluation(tmp_path):
         *(tmp_path, None, None, (), Items(count=4)),
         **{"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 2},
     )
-    plain = trainer.compute_loss_func
-
-    def loss(*args, **kwargs):
-        if trainer.state.global_step == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return plain(*args, **kwargs)
-
-    trainer.compute_loss_func = loss
+    run_out_of_memory(trainer, "CUDA out of memory")
     with pytest.raises(
         ProcessError, match=r"out of memory in an evaluation .*costs least: --per_device_eval_batch_size 1"
     ):

@@ -860,10 +860,10 @@ def test_from_training_to_a_merged_checkpoint(run, tiny, data_file, tmp_path):
 
 @pytest.mark.slow
 def test_memory_stays_far_below_the_model(tmp_path):
-    """A part of the benchmark: 60 MB of weights in shards of 6 MB."""
+    """A part of the benchmark: 250 MB of weights in shards of 6 MB. Some 50 MB are the heap's, whatever the model."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     import merge_memory
 
-    figures = merge_memory.run(0.06, "2.5", torch.float32, "6MB", tmp_path)
+    figures = merge_memory.run(0.25, "2.5", torch.float32, "6MB", tmp_path)
     assert figures["model"] > 50e6
     assert figures["own"] < 0.6 * figures["model"]
