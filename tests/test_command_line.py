@@ -467,6 +467,24 @@ def test_launchers_start_torchrun_as_told(tmp_path):
     assert "--deepspeed" not in command("finetune_ds.sh", DS_CONFIG="")
 
 
+def test_processes_share_the_cores(tmp_path):
+    """Those of one node; torchrun alone would give each a single thread, however many cores there are."""
+    program = tmp_path / "program.py"
+    program.write_text("import os, sys; sys.stdout.write(os.environ.get('OMP_NUM_THREADS', 'unset') + '\\n')")
+
+    def threads(processes: int, **given: str) -> list[str]:
+        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
+        command = [sys.executable, FINETUNE / "launch.py", "--standalone", "--nproc_per_node", str(processes), program]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
+
+    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    all_ = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+    assert threads(1) == ["unset"]
+    assert threads(2) == [str(max(1, all_ // 2))] * 2
+    assert threads(2, OMP_NUM_THREADS="5") == ["5"] * 2
+
+
 def test_launcher_fails_with_the_training_and_says_why(tiny, tmp_path):
     result = launch("finetune_lora.sh", MODEL=tiny["llama3"], DATA="no.json", OUTPUT_DIR=tmp_path, check=False)
     assert result.returncode != 0
