@@ -14,7 +14,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,8 +89,10 @@ def _content(path: Path) -> tuple[int, str]:
     return total, digest.hexdigest()
 
 
-def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int | None = None) -> list[Problem]:
-    """All samples that training could not use, in order.
+def find_problems(
+    dataset: SupervisedDataset, decode: bool = False, workers: int | None = None
+) -> tuple[list[Problem], np.ndarray]:
+    """All samples that training could not use, in order, and the `loads` of all samples, see `SupervisedDataset`.
 
     Seen from the text and the headers of the pictures: missing and misplaced fields, roles, marks, pictures that do
     not exist, are no pictures or end too early, answers that `max_length` would cut off whole.
@@ -101,8 +102,9 @@ def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int
         workers: processes; None: this process's share of the cores.
     """
     found = scan(len(dataset), partial(_problems_of, dataset, decode), "checking samples", workers)
-    problems = {problem.index: problem for of_nodes in found for problem in chain.from_iterable(of_nodes)}
-    return [problems[index] for index in sorted(problems)]
+    problems = {problem.index: problem for of_nodes in found for of_node, _ in of_nodes for problem in of_node}
+    loads = np.concatenate([of_nodes[0][1] for of_nodes in found])
+    return [problems[index] for index in sorted(problems)], loads
 
 
 def token_lengths(dataset: SupervisedDataset, workers: int | None = None) -> list[int]:
@@ -168,16 +170,16 @@ class _Ranges(Dataset):
         return self.numbers[n], self.look(self.ranges[self.numbers[n]])
 
 
-def _problems_of(dataset: SupervisedDataset, decode: bool, indices: range) -> list[Problem]:
-    problems = []
-    for index in indices:
+def _problems_of(dataset: SupervisedDataset, decode: bool, indices: range) -> tuple[list[Problem], np.ndarray]:
+    problems, loads = [], np.zeros((len(indices), 2), np.int32)
+    for number, index in enumerate(indices):
         try:
-            dataset.check(index)
+            loads[number] = dataset.check(index)
             if decode:
                 decode_pictures(dataset, index)
         except ValueError as error:
             problems.append(Problem(index, *dataset.place(index), str(error)))
-    return problems
+    return problems, loads
 
 
 def decode_pictures(dataset: SupervisedDataset, index: int) -> None:
@@ -217,7 +219,8 @@ def leave_out_bad_samples(
     if recorded is not None:
         for split, dataset in datasets.items():
             dataset.raw_data = dataset.raw_data.without(recorded[split])
-            if new := find_problems(dataset):
+            new, dataset.loads = find_problems(dataset)
+            if new:
                 raise UserError(
                     f"These samples became unusable since the run began; a resumed run leaves out just what {path} "
                     f"lists:\n{report_problems(new)}"
@@ -225,14 +228,16 @@ def leave_out_bad_samples(
         return {split: len(recorded[split]) for split in datasets}
     bad = {}
     for split, dataset in datasets.items():
-        bad[split] = problems = find_problems(dataset, decode=True)
+        problems, loads = find_problems(dataset, decode=True)
+        bad[split] = problems
         total = len(dataset)
         if len(problems) > max_fraction * total or len(problems) == total:
             raise UserError(
                 f"{len(problems)} of {total} samples ({len(problems) / total:.1%}) cannot be used, more than "
                 f"--max_bad_fraction {max_fraction} allows:\n{report_problems(problems)}"
             )
-        dataset.raw_data = dataset.raw_data.without([problem.index for problem in problems])
+        left_out = [problem.index for problem in problems]
+        dataset.raw_data, dataset.loads = dataset.raw_data.without(left_out), np.delete(loads, left_out, axis=0)
         if problems:
             logger.warning("%d of %d samples left out:\n%s", len(problems), total, report_problems(problems))
     _from_first_process(lambda: _write_bad_samples(path, bad))

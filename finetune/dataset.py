@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
@@ -47,6 +48,7 @@ from finetune.pictures import is_picture, load_image, map_pictures, picture_path
 logger = logging.getLogger(__name__)
 
 MAX_TRUNCATION_WARNINGS = 5  # per process
+BYTES_PER_TOKEN = 4  # of English, where an estimate is enough
 PLACEHOLDER_WORDS = re.compile("</image>|<slice>|</slice>|<unk>")  # they stand for pictures only, in any turn
 PICTURE_WORDS = re.compile(f"{PLACEHOLDER_WORDS.pattern}|{IMAGE_MARK}|{NUMBERED_MARK.pattern}")  # outside user turns
 OTHER_NAMES = ("images", "image_path", "image_paths", "image_file", "img", "Image", "picture", "pictures")
@@ -139,6 +141,7 @@ class SupervisedDataset(Dataset):
         self.image_folder_only = image_folder_only
         self.max_positions = max_positions
         self.lengths: list[int] | None = None  # in tokens, where batches are to be grouped by length
+        self.loads: np.ndarray | None = None  # (samples, 2), where processes are to get as much work: see `check`
 
     @classmethod
     def for_checkpoint(
@@ -264,8 +267,11 @@ class SupervisedDataset(Dataset):
         slices = tuple(map(slice_count, grids))
         return Measure(len(input_ids), self.query_nums * sum(slices), slices, int(supervised.sum()), int(kept.sum()))
 
-    def check(self, index: int) -> None:
+    def check(self, index: int) -> tuple[int, int]:
         """Finds what makes a sample useless in training, less what decoding its pictures would find.
+
+        Returns:
+            tokens of its text, estimated, and slices of its pictures.
 
         Raises:
             ValueError: as `measure`, and where nothing is supervised, or nothing after truncation to `max_length`.
@@ -274,11 +280,11 @@ class SupervisedDataset(Dataset):
         # No token is shorter than a byte, and the words around a turn ("assistant", two newlines, three special
         # tokens, BOS) are at most 16 tokens, so that most samples need no tokenizer.
         text_bytes = sum(len(turn.text.replace("<unk>", "").encode()) + 16 for turn in turns)
-        fits = self.max_length is None or (
-            text_bytes + self.query_nums * sum(map(slice_count, grids)) < self.max_length
-        )
+        slices = sum(map(slice_count, grids))
+        fits = self.max_length is None or text_bytes + self.query_nums * slices < self.max_length
         if not fits or not any(turn.supervised for turn in turns):
             self.check_supervised(self.measure(index))
+        return min(text_bytes // BYTES_PER_TOKEN, self.max_length or sys.maxsize), slices
 
     def check_supervised(self, measure: Measure) -> None:
         """

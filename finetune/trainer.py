@@ -14,11 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from heapq import heappop, heapreplace
 from html import escape
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
@@ -218,7 +220,8 @@ class CPMTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler | None:
         """As in Trainer, which would group by length by decoding every sample; `lengths` of the data set tell without.
-        Several processes take the steps that one would, see `WholeSteps`.
+        Several processes take the steps that one would, see `WholeSteps`, and about the same work in each, see
+        `BalancedSteps`.
 
         A private method, since Trainer has no public place for a sampler."""
         dataset, args = self.train_dataset if train_dataset is None else train_dataset, self.args
@@ -228,12 +231,19 @@ class CPMTrainer(Trainer):
             sampler = EpochLengthSampler(step, lengths=dataset.lengths, seed=args.seed)
         else:
             sampler = super()._get_train_sampler(train_dataset)
-        if sampler is None or args.world_size == 1 or args.dataloader_drop_last:
+        if sampler is None or args.world_size == 1:
             return sampler
         if type(sampler) is RandomSampler:  # as accelerate does for samplers that it knows
             seed = args.seed if args.data_seed is None else args.data_seed
             sampler = SeedableRandomSampler(dataset, data_seed=seed)
-        return WholeSteps(sampler, at_once)
+        if not args.dataloader_drop_last:
+            sampler = WholeSteps(sampler, at_once)
+        loads = getattr(dataset, "loads", None)
+        if loads is None or not self._takes_logits_index:
+            return sampler
+        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+        costs = loads[:, 0] + loads[:, 1] * slice_cost(base)
+        return BalancedSteps(sampler, costs, args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """In order; see `_get_train_sampler`."""
@@ -567,6 +577,69 @@ class WholeSteps(Sampler):
         """Called by accelerate's data loader at the start of every epoch."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
+
+
+class BalancedSteps(Sampler):
+    """What a sampler draws, the samples of each optimizer step dealt out so that all processes have about the same to
+    do: the one with most keeps the others waiting. A step learns from the same samples, whoever computes them.
+
+    Args:
+        costs: of each sample of the data set, in any unit.
+        batch_size: samples of a process at a time.
+        accumulation: batches of a process in a step.
+    """
+
+    def __init__(self, sampler: Sampler, costs: np.ndarray, batch_size: int, processes: int, accumulation: int):
+        self.sampler, self.costs = sampler, costs
+        self.batch_size, self.processes, self.accumulation = batch_size, processes, accumulation
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        drawn, at_once = iter(self.sampler), self.batch_size * self.processes
+        while step := list(islice(drawn, at_once * self.accumulation)):
+            whole = len(step) % at_once == 0  # else it is what --dataloader_drop_last drops
+            yield from self._dealt(step) if whole else step
+
+    def _dealt(self, step: list[int]) -> list[int]:
+        """The dearest first, each to the batch with least so far, and batches of about the same cost at a time."""
+        size = self.batch_size
+        batches = [(0.0, number, []) for number in range(len(step) // size)]  # a heap: the cheapest first
+        full = []
+        for index in sorted(step, key=self.costs.__getitem__, reverse=True):
+            cost, number, batch = batches[0]
+            batch.append(index)
+            entry = (cost + self.costs[index], number, batch)
+            if len(batch) == size:
+                heappop(batches)
+                full.append(entry)
+            else:
+                heapreplace(batches, entry)
+        dealt = [index for *_, batch in sorted(full, reverse=True) for index in batch]
+        return min(step, dealt, key=self._time)
+
+    def _time(self, step: list[int]) -> float:
+        """Of all batches that processes take at once, the dearest counts."""
+        of_batches = self.costs[step].reshape(-1, self.processes, self.batch_size).sum(axis=2)
+        return of_batches.max(axis=1).sum()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of every epoch."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+def slice_cost(model: MiniCPMV) -> float:
+    """What a slice costs, in tokens of text: its own tokens, and the way of its patches through the vision tower, by
+    the number of weights on each way."""
+
+    def size(module: nn.Module) -> int:
+        return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in module.parameters())
+
+    slicing = model.config.slicing
+    patches = (slicing["scale_resolution"] // slicing["patch_size"]) ** 2
+    return model.config.query_num + patches * size(model.vpm) / size(model.llm.model.layers)
 
 
 class EpochLengthSampler(LengthGroupedSampler):

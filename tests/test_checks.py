@@ -44,12 +44,29 @@ def open_data(path: Path, **kwargs) -> SupervisedDataset:
 def test_problems_name_file_sample_and_id(tmp_path):
     path = write(tmp_path)
     dataset = open_data(path)
-    assert [p.index for p in find_problems(dataset)] == [3, 7]
-    found = find_problems(dataset, decode=True)
+    assert [p.index for p in find_problems(dataset)[0]] == [3, 7]
+    found, _ = find_problems(dataset, decode=True)
     assert [(p.file, p.number, p.id) for p in found] == [(str(path), n, f"s{n}") for n in (3, 7, 11)]
     assert str(found[1]).startswith(f"{path}: sample 7 (id 's7'): picture {tmp_path / 'gone.png'} does not exist")
     with pytest.raises(SampleError, match=r"sample 11 \(id 's11'\): picture .*damaged"):
         dataset[11]
+
+
+def test_loads_are_told_without_decoding(tmp_path):
+    """By the size of the pictures and the length of the text; those of samples that are left out go with them."""
+    dataset = open_data(write(tmp_path))
+    _, loads = find_problems(dataset)
+    assert loads.shape == (len(dataset), 2) and not loads[[3, 7]].any()
+    good = [n for n in range(len(dataset)) if n not in (3, 7)]
+    for index in good:
+        measured = dataset.measure(index)
+        assert loads[index, 1] == sum(measured.slices)
+        assert loads[index, 0] == pytest.approx(measured.tokens - measured.picture_tokens, rel=0.7)
+    leave_out_bad_samples({"train": dataset}, tmp_path, 0.5, resuming=False)
+    assert dataset.loads.tolist() == np.delete(loads, [3, 7, 11], axis=0).tolist()
+    again = open_data(tmp_path / "train.jsonl")
+    leave_out_bad_samples({"train": again}, tmp_path, 0.5, resuming=True)
+    assert again.loads.tolist() == dataset.loads.tolist()
 
 
 def test_worker_errors_come_back_as_their_message(tmp_path):
@@ -127,7 +144,7 @@ def test_sample_that_learns_nothing(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
     dataset = open_data(tmp_path / "a.json")
     assert (dataset[0]["labels"] == -100).all()
-    assert "every answer has weight 0" in str(find_problems(dataset)[0])
+    assert "every answer has weight 0" in str(find_problems(dataset)[0][0])
 
 
 @pytest.mark.parametrize(
@@ -164,7 +181,7 @@ def test_causes(tmp_path, sample, cause):
     dataset = open_data(tmp_path / "a.json")
     with pytest.raises(SampleError, match=cause):
         dataset[0]
-    assert len(find_problems(dataset)) == 1
+    assert len(find_problems(dataset)[0]) == 1
 
 
 def test_each_file_has_its_own_folder(tmp_path):

@@ -1,9 +1,9 @@
 """The same training at any layout: processes, ZeRO stages, offload, accumulation in place of batch.
 
 A reference of one process without DeepSpeed; the others by finetune.py's own `train`, one after another in the same
-two processes under torchrun, which pays for their start once. Four samples a step, of which
-a process often has only text, or only pictures, while the other has the rest, or nothing at all, where an epoch ends:
-so no layout hangs on that either.
+two processes under torchrun, which pays for their start once. Four samples a step, of which a process often has only
+text, or only pictures, while the other has the rest, or nothing at all, where an epoch ends: so no layout hangs on that
+either.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ LAYOUTS = {  # name: processes, samples per process at once, DeepSpeed configura
     "zero3-offload": (2, 2, "ds_config_zero3_offload.json"),
     "accumulating": (1, 1, ""),
 }
-MIXED = "tpptttppppttp"  # text, picture: what two processes get, one or two at a time; the last step is one sample
+MIXED = "tpttptpptttpp"  # text, picture: dealt to two processes, one or two at a time; the last step is one sample
 PROGRAM = """
 import gc, json, os, sys
 from finetune.finetune import train

@@ -5,17 +5,21 @@ from __future__ import annotations
 from functools import partial
 from itertools import chain
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, golden_batch
+from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, ROOT, golden_batch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModel, AutoTokenizer, TrainingArguments
+from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from finetune.dataset import Repeated, SupervisedDataset, build_transform, data_collator, load_samples
-from finetune.trainer import CPMTrainer, token_loss
+from finetune.minicpmv import MiniCPMV
+from finetune.trainer import BalancedSteps, CPMTrainer, WholeSteps, slice_cost, token_loss
 
 QUERIES = {"llama3": 12, "minicpm": 16}
 
@@ -254,6 +258,9 @@ def test_two_processes_take_the_steps_of_one(model, dataset, tmp_path, monkeypat
     """Each epoch, and one that a resumed run begins within; nothing is learned twice where samples are left over."""
     dataset.lengths = [len(dataset[n]["input_ids"]) for n in range(samples)]
     dataset.raw_data = dataset.raw_data[:samples]
+    dataset.loads = np.array([[10 * (number % 3), number % 2] for number in range(samples)])
+    dealt = []
+    monkeypatch.setattr(BalancedSteps, "_dealt", lambda self, step: dealt.append(step) or _DEALT(self, step))
     monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda _, index: {"index": index})
 
     def loader_of(processes: int, process: int):
@@ -279,11 +286,63 @@ def test_two_processes_take_the_steps_of_one(model, dataset, tmp_path, monkeypat
             resumed = skip_first_batches(loader, 1)
             resumed.set_epoch(epoch)
             assert list(resumed) == whole[1:]
+    assert dealt
+
+
+_DEALT = BalancedSteps._dealt
 
 
 def _prepared(loader, processes: int, process: int):
     settings = {"put_on_device": False, "use_seedable_sampler": True, "rng_types": []}
     return prepare_data_loader(loader, num_processes=processes, process_index=process, **settings)
+
+
+def test_processes_get_as_much_to_do():
+    """Slices of the pictures of a benchmark, in turn: two processes would get 19 and 8 of a step."""
+    costs = np.array([10, 9, 5, 3] * 4)
+    steps = BalancedSteps(range(16), costs, batch_size=2, processes=2, accumulation=1)
+    dealt = list(steps)
+    assert len(steps) == len(dealt)
+    for start in range(0, 16, 4):
+        assert sorted(dealt[start : start + 4]) == list(range(start, start + 4))
+        assert sorted(costs[dealt[start : start + 4]].reshape(2, 2).sum(axis=1)) == [13, 14]
+    # One sample at a time, twice in a step: what processes compute at the same time costs about the same.
+    costs = np.array([1, 9, 2, 8])
+    assert costs[list(BalancedSteps(range(4), costs, batch_size=1, processes=2, accumulation=2))].tolist() == [
+        9,
+        8,
+        2,
+        1,
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    costs=st.lists(st.integers(0, 50), min_size=1, max_size=60),
+    sizes=st.tuples(st.integers(1, 4), st.integers(2, 4), st.integers(1, 3)),
+)
+def test_dealing_keeps_a_steps_samples_and_is_never_slower(costs, sizes):
+    batch_size, processes, accumulation = sizes
+    at_once = batch_size * processes
+    drawn = list(WholeSteps(range(len(costs)), at_once))
+    steps = BalancedSteps(drawn, np.array(costs), *sizes)
+    dealt = list(steps)
+    for start in range(0, len(drawn), at_once * accumulation):
+        before, after = (order[start : start + at_once * accumulation] for order in (drawn, dealt))
+        assert sorted(map(id, before)) == sorted(map(id, after))  # the same objects, `Repeated` among them
+        assert steps._time(after) <= steps._time(before)
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "vision", "language"),
+    [("minicpm_llama3_v2_5", 96, 0.418e9, 6.98e9), ("minicpm_v2", 64, 0.397e9, 2.45e9)],
+)
+def test_a_slice_costs_its_tokens_and_its_way_through_the_vision_tower(name, tokens, vision, language):
+    """1024 patches of it, with the real models' numbers of weights."""
+    config = AutoConfig.from_pretrained(ROOT / "tests" / "hub" / f"{name}_config.json")
+    with torch.device("meta"):
+        model = MiniCPMV(config)
+    assert slice_cost(model) == pytest.approx(tokens + 1024 * vision / language, rel=0.02)
 
 
 def test_a_repeated_sample_teaches_nothing(dataset):
