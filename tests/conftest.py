@@ -41,6 +41,13 @@ LLM_TYPES = tuple(GOLDEN)
 PATIENCE = 600  # seconds; two launchers at a time are slow where there are two cores
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """On a machine with GPUs: `-m gpu` runs on them, all other tests run on the CPU as everywhere."""
+    if torch.cuda.is_available():
+        on_gpu = config.getoption("markexpr") == "gpu"
+        os.environ.update({"DS_ACCELERATOR": "cuda"} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The module that takes longest first, since two processes share the modules."""
     items.sort(key=lambda item: item.path.name != "test_runs.py")
