@@ -89,10 +89,8 @@ def _content(path: Path) -> tuple[int, str]:
     return total, digest.hexdigest()
 
 
-def find_problems(
-    dataset: SupervisedDataset, decode: bool = False, workers: int | None = None
-) -> tuple[list[Problem], np.ndarray]:
-    """All samples that training could not use, in order, and the `loads` of all samples, see `SupervisedDataset`.
+def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int | None = None) -> list[Problem]:
+    """All samples that training could not use, in order. What the others bring is then known as `dataset.loads`.
 
     Seen from the text and the headers of the pictures: missing and misplaced fields, roles, marks, pictures that do
     not exist, are no pictures or end too early, answers that `max_length` would cut off whole.
@@ -103,8 +101,8 @@ def find_problems(
     """
     found = scan(len(dataset), partial(_problems_of, dataset, decode), "checking samples", workers)
     problems = {problem.index: problem for of_nodes in found for of_node, _ in of_nodes for problem in of_node}
-    loads = np.concatenate([of_nodes[0][1] for of_nodes in found])
-    return [problems[index] for index in sorted(problems)], loads
+    dataset.loads = np.concatenate([of_nodes[0][1] for of_nodes in found])
+    return [problems[index] for index in sorted(problems)]
 
 
 def token_lengths(dataset: SupervisedDataset, workers: int | None = None) -> list[int]:
@@ -219,8 +217,7 @@ def leave_out_bad_samples(
     if recorded is not None:
         for split, dataset in datasets.items():
             dataset.raw_data = dataset.raw_data.without(recorded[split])
-            new, dataset.loads = find_problems(dataset)
-            if new:
+            if new := find_problems(dataset):
                 raise UserError(
                     f"These samples became unusable since the run began; a resumed run leaves out just what {path} "
                     f"lists:\n{report_problems(new)}"
@@ -228,8 +225,7 @@ def leave_out_bad_samples(
         return {split: len(recorded[split]) for split in datasets}
     bad = {}
     for split, dataset in datasets.items():
-        problems, loads = find_problems(dataset, decode=True)
-        bad[split] = problems
+        bad[split] = problems = find_problems(dataset, decode=True)
         total = len(dataset)
         if len(problems) > max_fraction * total or len(problems) == total:
             raise UserError(
@@ -237,7 +233,7 @@ def leave_out_bad_samples(
                 f"--max_bad_fraction {max_fraction} allows:\n{report_problems(problems)}"
             )
         left_out = [problem.index for problem in problems]
-        dataset.raw_data, dataset.loads = dataset.raw_data.without(left_out), np.delete(loads, left_out, axis=0)
+        dataset.raw_data, dataset.loads = dataset.raw_data.without(left_out), np.delete(dataset.loads, left_out, axis=0)
         if problems:
             logger.warning("%d of %d samples left out:\n%s", len(problems), total, report_problems(problems))
     _from_first_process(lambda: _write_bad_samples(path, bad))

@@ -404,17 +404,14 @@ def _load_data(
     if data_args.bad_samples == "skip":
         left_out = leave_out_bad_samples(datasets, args.output_dir, data_args.max_bad_fraction, resuming)
     else:
-        problems = []
-        for dataset in datasets.values():
-            found, dataset.loads = find_problems(dataset)
-            problems += found
+        problems = [problem for dataset in datasets.values() for problem in find_problems(dataset)]
         _stop_on(problems, "These samples cannot be used (--bad_samples skip would leave them out):")
     if args.train_sampling_strategy == "group_by_length":
         datasets["train"].lengths = token_lengths(datasets["train"])
-    batch, samples_left = args.train_batch_size * args.world_size, len(datasets["train"])
-    if args.dataloader_drop_last and samples_left < batch:
+    batch, found = args.train_batch_size * args.world_size, len(datasets["train"])
+    if args.dataloader_drop_last and found < batch:
         _stop_on(
-            [f"--dataloader_drop_last true would leave out all {samples_left} samples, since {batch} are a batch"],
+            [f"--dataloader_drop_last true would leave out all {found} samples, since {batch} are a batch"],
             "These settings cannot work:",
         )
     return datasets, left_out

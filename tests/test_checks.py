@@ -44,8 +44,8 @@ def open_data(path: Path, **kwargs) -> SupervisedDataset:
 def test_problems_name_file_sample_and_id(tmp_path):
     path = write(tmp_path)
     dataset = open_data(path)
-    assert [p.index for p in find_problems(dataset)[0]] == [3, 7]
-    found, _ = find_problems(dataset, decode=True)
+    assert [p.index for p in find_problems(dataset)] == [3, 7]
+    found = find_problems(dataset, decode=True)
     assert [(p.file, p.number, p.id) for p in found] == [(str(path), n, f"s{n}") for n in (3, 7, 11)]
     assert str(found[1]).startswith(f"{path}: sample 7 (id 's7'): picture {tmp_path / 'gone.png'} does not exist")
     with pytest.raises(SampleError, match=r"sample 11 \(id 's11'\): picture .*damaged"):
@@ -55,7 +55,8 @@ def test_problems_name_file_sample_and_id(tmp_path):
 def test_loads_are_told_without_decoding(tmp_path):
     """By the size of the pictures and the length of the text; those of samples that are left out go with them."""
     dataset = open_data(write(tmp_path))
-    _, loads = find_problems(dataset)
+    find_problems(dataset)
+    loads = dataset.loads
     assert loads.shape == (len(dataset), 2) and not loads[[3, 7]].any()
     good = [n for n in range(len(dataset)) if n not in (3, 7)]
     for index in good:
@@ -144,7 +145,7 @@ def test_sample_that_learns_nothing(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "conversations": turns}]))
     dataset = open_data(tmp_path / "a.json")
     assert (dataset[0]["labels"] == -100).all()
-    assert "every answer has weight 0" in str(find_problems(dataset)[0][0])
+    assert "every answer has weight 0" in str(find_problems(dataset)[0])
 
 
 @pytest.mark.parametrize(
@@ -181,7 +182,7 @@ def test_causes(tmp_path, sample, cause):
     dataset = open_data(tmp_path / "a.json")
     with pytest.raises(SampleError, match=cause):
         dataset[0]
-    assert len(find_problems(dataset)[0]) == 1
+    assert len(find_problems(dataset)) == 1
 
 
 def test_each_file_has_its_own_folder(tmp_path):
