@@ -101,7 +101,7 @@ def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int
     """
     found = scan(len(dataset), partial(_problems_of, dataset, decode), "checking samples", workers)
     problems = {problem.index: problem for of_nodes in found for of_node, _ in of_nodes for problem in of_node}
-    dataset.loads = np.concatenate([of_nodes[0][1] for of_nodes in found])
+    dataset.loads = np.concatenate([of_nodes[0][1] for of_nodes in found]) if found else np.zeros((0, 2), np.int32)
     return [problems[index] for index in sorted(problems)]
 
 
@@ -151,8 +151,13 @@ def scan(count: int, look: Callable[[range], object], title: str, workers: int |
 
 
 def _results(look, ranges: list[range], numbers: range, workers: int) -> Iterator[tuple[int, object]]:
-    loader = DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=min(workers, len(numbers)))
-    return iter(loader)
+    workers = min(workers, len(numbers))
+    return iter(DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+
+
+def _as_it_is(result: tuple[int, object]) -> tuple[int, object]:
+    """In place of torch's own, which makes tensors of arrays: each would hold an open file until the end."""
+    return result
 
 
 class _Ranges(Dataset):

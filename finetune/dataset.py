@@ -271,7 +271,7 @@ class SupervisedDataset(Dataset):
         """Finds what makes a sample useless in training, less what decoding its pictures would find.
 
         Returns:
-            tokens of its text, estimated, and slices of its pictures.
+            tokens of its text, estimated, and slices of its pictures, as far as `max_length` has room for them.
 
         Raises:
             ValueError: as `measure`, and where nothing is supervised, or nothing after truncation to `max_length`.
@@ -284,7 +284,9 @@ class SupervisedDataset(Dataset):
         fits = self.max_length is None or text_bytes + self.query_nums * slices < self.max_length
         if not fits or not any(turn.supervised for turn in turns):
             self.check_supervised(self.measure(index))
-        return min(text_bytes // BYTES_PER_TOKEN, self.max_length or sys.maxsize), slices
+        limit = self.max_length or sys.maxsize
+        slices = min(slices, limit // self.query_nums)
+        return min(text_bytes // BYTES_PER_TOKEN, limit - self.query_nums * slices), slices
 
     def check_supervised(self, measure: Measure) -> None:
         """

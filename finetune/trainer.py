@@ -115,6 +115,7 @@ class CPMTrainer(Trainer):
         if self.args.save_on_each_node:
             write_on_each_node(base)
         self._takes_logits_index = isinstance(base, MiniCPMV)
+        self._slice_cost = slice_cost(base) if isinstance(base, MiniCPMV) else None
         still_key_biases(self.model)
         self._full_logits_wanted = False
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
@@ -238,11 +239,10 @@ class CPMTrainer(Trainer):
             sampler = SeedableRandomSampler(dataset, data_seed=seed)
         if not args.dataloader_drop_last:
             sampler = WholeSteps(sampler, at_once)
-        loads = getattr(dataset, "loads", None)
-        if loads is None or not self._takes_logits_index:
+        loads, of_process = getattr(dataset, "loads", None), args.train_batch_size * args.gradient_accumulation_steps
+        if loads is None or self._slice_cost is None or of_process == 1:
             return sampler
-        base = self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
-        costs = loads[:, 0] + loads[:, 1] * slice_cost(base)
+        costs = loads[:, 0] + loads[:, 1] * self._slice_cost
         return BalancedSteps(sampler, costs, args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
@@ -603,7 +603,8 @@ class BalancedSteps(Sampler):
             yield from self._dealt(step) if whole else step
 
     def _dealt(self, step: list[int]) -> list[int]:
-        """The dearest first, each to the batch with least so far, and batches of about the same cost at a time."""
+        """The dearest first, each to the batch with least so far, and batches of about the same cost at a time, of
+        which the first process has now the dearest, now the cheapest."""
         size = self.batch_size
         batches = [(0.0, number, []) for number in range(len(step) // size)]  # a heap: the cheapest first
         full = []
@@ -616,7 +617,10 @@ class BalancedSteps(Sampler):
                 full.append(entry)
             else:
                 heapreplace(batches, entry)
-        dealt = [index for *_, batch in sorted(full, reverse=True) for index in batch]
+        full.sort(reverse=True)
+        for start in range(self.processes, len(full), 2 * self.processes):
+            full[start : start + self.processes] = full[start : start + self.processes][::-1]
+        dealt = [index for *_, batch in full for index in batch]
         return min(step, dealt, key=self._time)
 
     def _time(self, step: list[int]) -> float:

@@ -42,10 +42,12 @@ PATIENCE = 600  # seconds; two launchers at a time are slow where there are two 
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """On a machine with GPUs: `-m gpu` runs on them, all other tests run on the CPU as everywhere."""
-    if torch.cuda.is_available():
-        on_gpu = config.getoption("markexpr") == "gpu"
-        os.environ.update({"DS_ACCELERATOR": "cuda"} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    """On a machine with GPUs: `-m gpu` runs on them, all other tests run on the CPU as everywhere. Said before torch
+    looks for GPUs, after which it would not be heard."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cuda"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

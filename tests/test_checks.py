@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN
+from conftest import GOLDEN, ROOT
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
@@ -68,6 +72,34 @@ def test_loads_are_told_without_decoding(tmp_path):
     again = open_data(tmp_path / "train.jsonl")
     leave_out_bad_samples({"train": again}, tmp_path, 0.5, resuming=True)
     assert again.loads.tolist() == dataset.loads.tolist()
+
+
+def test_loads_of_samples_that_are_cut(tmp_path):
+    """What is beyond `max_length` costs nothing, and slices that it cuts off do not either."""
+    Image.new("RGB", (1000, 1000)).save(tmp_path / "large.png")
+    words = ("Hello?", "Hello.", "<image>" * 20, "Noise. " * 100)
+    turns = [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(words)]
+    (tmp_path / "a.json").write_text(json.dumps([{"image": ["large.png"] * 20, "conversations": turns}]))
+    dataset = open_data(tmp_path / "a.json")
+    every, each = sum(dataset.measure(0).slices), dataset.query_nums
+    for limit, slices in ((each * every // 2, every // 2), (each * every + 7, every)):
+        dataset.max_length = limit
+        assert find_problems(dataset) == []
+        assert dataset.loads[0].tolist() == [limit - slices * each, slices]
+
+
+def test_checks_of_many_samples_hold_no_files_open():
+    """As torch does for every tensor that comes from another process."""
+    program = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+        import numpy as np
+        from finetune.checks import scan
+        found = scan(100 * 512, lambda indices: np.array(indices), "counting", workers=1)
+        assert np.concatenate([one for one, in found]).tolist() == list(range(100 * 512))
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", textwrap.dedent(program)], env=environment, check=True)
 
 
 def test_worker_errors_come_back_as_their_message(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from dataclasses import fields
@@ -468,22 +469,29 @@ def test_launchers_start_torchrun_as_told(tmp_path):
     assert "--deepspeed" not in command("finetune_ds.sh", DS_CONFIG="")
 
 
-def test_processes_share_the_cores(tmp_path):
-    """Those of one node; torchrun alone would give each a single thread, however many cores there are."""
-    program = tmp_path / "program.py"
-    program.write_text("import os, sys; sys.stdout.write(os.environ.get('OMP_NUM_THREADS', 'unset') + '\\n')")
-
-    def threads(processes: int, **given: str) -> list[str]:
-        environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | given
-        command = [sys.executable, FINETUNE / "launch.py", "--standalone", "--nproc_per_node", str(processes), program]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-
-    command = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    all_ = int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
-    assert threads(1) == ["unset"]
-    assert threads(2) == [str(max(1, all_ // 2))] * 2
-    assert threads(2, OMP_NUM_THREADS="5") == ["5"] * 2
+@pytest.mark.parametrize(
+    ("flags", "given", "threads"),
+    [
+        (["--nproc_per_node", "2"], None, "6"),
+        (["--nproc-per-node=5"], None, "2"),
+        (["--nproc_per_node", "16"], None, "1"),
+        (["--nproc_per_node", "2"], "3", "3"),
+        (["--nproc_per_node", "1"], None, None),
+        ([], None, None),
+    ],
+)
+def test_processes_share_the_cores(monkeypatch, flags, given, threads):
+    """Of a node with 12; torchrun alone would give each of several processes one thread."""
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    os.environ.pop("OMP_NUM_THREADS", None)
+    if given:
+        os.environ["OMP_NUM_THREADS"] = given
+    found = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
+    monkeypatch.setattr("torch.distributed.run.main", lambda: found.append(os.environ.get("OMP_NUM_THREADS")))
+    monkeypatch.setattr(sys, "argv", ["launch.py", *flags, "program.py", "--nproc_per_node", "7"])
+    runpy.run_path(str(FINETUNE / "launch.py"), run_name="__main__")
+    assert found == [threads]
 
 
 def test_launcher_fails_with_the_training_and_says_why(tiny, tmp_path):

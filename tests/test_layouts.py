@@ -19,8 +19,12 @@ import torch
 from conftest import LLM_TYPES, ROOT, losses
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoTokenizer
 
+from finetune.checks import find_problems
+from finetune.dataset import Repeated, SupervisedDataset, load_samples
 from finetune.loading import EXTRA_WEIGHTS_NAME
+from finetune.trainer import BalancedSteps, WholeSteps
 
 STEPS = 20
 SAMPLES_PER_STEP = 4
@@ -64,6 +68,22 @@ def mixed_file(tmp_path_factory) -> Path:
     path = folder / "mixed.json"
     path.write_text(json.dumps(samples))
     return path
+
+
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_what_processes_get_is_as_different_as_can_be(tiny, mixed_file, at_once):
+    """That the layouts are worth comparing: text alone beside pictures, and nothing to learn beside something."""
+    config, tokenizer = AutoConfig.from_pretrained(tiny["llama3"]), AutoTokenizer.from_pretrained(tiny["llama3"])
+    dataset = SupervisedDataset.for_checkpoint(config, tokenizer, load_samples(mixed_file))
+    find_problems(dataset)
+    costs, accumulation = dataset.loads @ [1, 500], SAMPLES_PER_STEP // 2 // at_once
+    order = list(BalancedSteps(WholeSteps(range(len(MIXED)), 2 * at_once), costs, at_once, 2, accumulation))
+    kinds = ["-" if isinstance(index, Repeated) else MIXED[index] for index in order]
+    pairs = set()
+    for start in range(0, len(kinds), 2 * at_once):
+        both = kinds[start : start + 2 * at_once]
+        pairs.add(tuple(sorted("".join(sorted(of_process)) for of_process in (both[:at_once], both[at_once:]))))
+    assert pairs >= {1: {("p", "t"), ("-", "p")}, 2: {("pt", "tt"), ("pp", "pt"), ("--", "-p")}}[at_once]
 
 
 def flags(layout: str, llm_type: str, method: str, tiny: dict[str, Path], data: Path, folder: Path) -> list[str]:
