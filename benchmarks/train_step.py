@@ -1,7 +1,7 @@
 """Speed and memory of training steps, through finetune.py's own path, on a model of real size with random weights.
 
     python benchmarks/train_step.py --model 2.5 --method lora --batch 2 --deepspeed finetune/ds_config_zero2.json
-    torchrun --nproc_per_node 2 benchmarks/train_step.py --model 2.5 --method full \\
+    python finetune/launch.py --standalone --nproc_per_node 2 benchmarks/train_step.py --model 2.5 --method full \\
         --deepspeed finetune/ds_config_zero3.json
 
 No checkpoint is needed: the configuration is the real one, the tokenizer a small one made on the spot, and the weights

@@ -115,7 +115,7 @@ class CPMTrainer(Trainer):
         if self.args.save_on_each_node:
             write_on_each_node(base)
         self._takes_logits_index = isinstance(base, MiniCPMV)
-        self._slice_cost = slice_cost(base) if isinstance(base, MiniCPMV) else None
+        self._slice_cost = slice_cost(base) if self._takes_logits_index else None
         still_key_biases(self.model)
         self._full_logits_wanted = False
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
@@ -556,12 +556,28 @@ def _in_turn(functions: Sequence[Callable], worker: int) -> None:
         function(worker)
 
 
-class WholeSteps(Sampler):
+class AroundSampler(Sampler):
+    """Passes on how many samples another sampler draws, and to it, which epoch begins."""
+
+    def __init__(self, sampler: Sampler):
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader at the start of every epoch."""
+        if hasattr(self.sampler, "set_epoch"):
+            self.sampler.set_epoch(epoch)
+
+
+class WholeSteps(AroundSampler):
     """What a sampler draws, and behind it `Repeated` indices up to a multiple of what all processes take at once.
     accelerate would fill up with samples of which the model learns twice."""
 
     def __init__(self, sampler: Sampler, at_once: int):
-        self.sampler, self.at_once = sampler, at_once
+        super().__init__(sampler)
+        self.at_once = at_once
 
     def __len__(self) -> int:
         return -(-len(self.sampler) // self.at_once) * self.at_once
@@ -573,13 +589,8 @@ class WholeSteps(Sampler):
             yield index
         yield from [Repeated(first)] * (len(self) - len(self.sampler))
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of every epoch."""
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
 
-
-class BalancedSteps(Sampler):
+class BalancedSteps(AroundSampler):
     """What a sampler draws, the samples of each optimizer step dealt out so that all processes have about the same to
     do: the one with most keeps the others waiting. A step learns from the same samples, whoever computes them.
 
@@ -590,11 +601,9 @@ class BalancedSteps(Sampler):
     """
 
     def __init__(self, sampler: Sampler, costs: np.ndarray, batch_size: int, processes: int, accumulation: int):
-        self.sampler, self.costs = sampler, costs
+        super().__init__(sampler)
+        self.costs = costs
         self.batch_size, self.processes, self.accumulation = batch_size, processes, accumulation
-
-    def __len__(self) -> int:
-        return len(self.sampler)
 
     def __iter__(self) -> Iterator[int]:
         drawn, at_once = iter(self.sampler), self.batch_size * self.processes
@@ -627,11 +636,6 @@ class BalancedSteps(Sampler):
         """Of all batches that processes take at once, the dearest counts."""
         of_batches = self.costs[step].reshape(-1, self.processes, self.batch_size).sum(axis=2)
         return of_batches.max(axis=1).sum()
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader at the start of every epoch."""
-        if hasattr(self.sampler, "set_epoch"):
-            self.sampler.set_epoch(epoch)
 
 
 def slice_cost(model: MiniCPMV) -> float:

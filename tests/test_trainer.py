@@ -254,19 +254,19 @@ def test_group_by_length(model, dataset, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
 @pytest.mark.parametrize("samples", [5, 6, 7, 8])
-@pytest.mark.parametrize("settings", [{}, {"gradient_accumulation_steps": 2}, {"dataloader_drop_last": True}], ids=str)
-def test_two_processes_take_the_steps_of_one(model, dataset, tmp_path, monkeypatch, strategy, samples, settings):
+@pytest.mark.parametrize("further", [{}, {"gradient_accumulation_steps": 2}, {"dataloader_drop_last": True}], ids=str)
+def test_two_processes_take_the_steps_of_one(model, dataset, tmp_path, monkeypatch, strategy, samples, further):
     """Each epoch, and one that a resumed run begins within; nothing is learned twice where samples are left over."""
     dataset.lengths = [len(dataset[n]["input_ids"]) for n in range(samples)]
     dataset.raw_data = dataset.raw_data[:samples]
     dataset.loads = np.array([[10 * (number % 3), number % 2] for number in range(samples)])
-    dealt, accumulation = [], settings.get("gradient_accumulation_steps", 1)
+    dealt, accumulation = [], further.get("gradient_accumulation_steps", 1)
     monkeypatch.setattr(BalancedSteps, "_dealt", lambda self, step: dealt.append(step) or _DEALT(self, step))
     monkeypatch.setattr(SupervisedDataset, "__getitem__", lambda _, index: {"index": index})
 
     def loader_of(processes: int, process: int):
         size = 4 // processes // accumulation
-        flags = {"train_sampling_strategy": strategy, "per_device_train_batch_size": size, **settings}
+        flags = {"train_sampling_strategy": strategy, "per_device_train_batch_size": size, **further}
         trainer = make_trainer(model, dataset, tmp_path, **flags)
         trainer.data_collator = lambda items: [item["index"] for item in items]
         monkeypatch.setattr(TrainingArguments, "world_size", processes)
@@ -290,7 +290,7 @@ def test_two_processes_take_the_steps_of_one(model, dataset, tmp_path, monkeypat
         learned = [sorted(index for index in step if not isinstance(index, Repeated)) for step in together]
         if strategy != "group_by_length" or samples == 8:  # megabatches are as long as a step of all processes
             assert learned == [sorted(step) for step in steps[0]]
-        if not settings.get("dataloader_drop_last"):
+        if not further.get("dataloader_drop_last"):
             assert sorted(chain.from_iterable(learned)) == list(range(samples))
         for loader, whole in zip((one, *two), steps, strict=True):
             resumed = skip_first_batches(loader, accumulation)
