@@ -8,6 +8,7 @@ Labels arrive shifted from the dataset. Shapes: B samples, L tokens, K supervise
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
@@ -37,6 +38,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 
 from finetune.checkpoints import copy_processor, written_aside
 from finetune.dataset import Repeated
+from finetune.errors import over_processes
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import EvaluationLeft, Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, checkpoint_folder, load_extra_tensors, read_extra_tensors
@@ -118,6 +120,7 @@ class CPMTrainer(Trainer):
         self._slice_cost = slice_cost(base) if self._takes_logits_index else None
         still_key_biases(self.model)
         self._full_logits_wanted = False
+        self._evaluated: list[torch.Tensor] | None = None  # (2,) of each batch: its loss summed, its supervised tokens
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
@@ -204,8 +207,11 @@ class CPMTrainer(Trainer):
         return optimizer
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args, **kwargs):
-        """The Trainer's own, on `data` and the labels of the positions whose logits are computed."""
+        """The Trainer's own, on `data` and the labels of the positions whose logits are computed. In an evaluation the
+        mean over the batch's own supervised tokens, which `evaluation_loop` weighs by their number."""
         labels = inputs["labels"]
+        if self._evaluated is not None:
+            kwargs["num_items_in_batch"] = None
         wrapped = {"data": {name: value for name, value in inputs.items() if name not in ("labels", "ids")}}
         if self._takes_logits_index:
             wrapped["use_cache"] = False
@@ -245,25 +251,36 @@ class CPMTrainer(Trainer):
         costs = loads[:, 0] + loads[:, 1] * self._slice_cost
         return BalancedSteps(sampler, costs, args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
-        """In order; see `_get_train_sampler`."""
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_eval_sampler(eval_dataset)
-        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        """In order, every sample once: what would be left over or filled up at the end is filled up with `Repeated`
+        ones, which count nothing. A private method, see `_get_train_sampler`."""
+        sampler, at_once = SequentialSampler(eval_dataset), self.args.eval_batch_size * self.args.world_size
+        uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
+        return WholeSteps(sampler, at_once) if uneven else sampler
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Full-vocabulary logits (B, L, V) are computed only where the caller wants predictions."""
         self._full_logits_wanted = not prediction_loss_only
         try:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+            loss, *predictions = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         finally:
             self._full_logits_wanted = False
+        if loss is not None and self._evaluated is not None and "labels" in inputs:
+            supervised = (inputs["labels"] != IGNORE_INDEX).sum().to(loss.device)
+            self._evaluated.append(torch.stack([loss.float() * supervised, supervised.float()]))
+        return loss, *predictions
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
-        """As in Trainer; with `--predict_with_generate` the metrics of generated answers stand beside the loss before
-        anything is logged or compared with the best."""
-        self.guard.evaluating = True
-        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        """As in Trainer, but for two things, done before anything is logged or compared with the best. The loss is the
+        mean over all supervised tokens, where Trainer's is a mean of batches. With `--predict_with_generate` the
+        metrics of generated answers stand beside it."""
+        self.guard.evaluating, self._evaluated = True, []
+        try:
+            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            if f"{metric_key_prefix}_loss" in output.metrics:
+                output.metrics[f"{metric_key_prefix}_loss"] = _mean_over_processes(self._evaluated)
+        finally:
+            self._evaluated = None
         if self.predictor is not None and getattr(dataloader, "dataset", None) is self.predictor.dataset:
             start = time.perf_counter()
             with self.accelerator.autocast():
@@ -456,6 +473,17 @@ class CPMTrainer(Trainer):
         self._best_loaded = True
         if not self.is_deepspeed_enabled:
             load_extra_tensors(self.model, self.state.best_model_checkpoint)
+
+
+def _mean_over_processes(sums: Sequence[torch.Tensor]) -> float:
+    """The first numbers over the second ones, each added up over all processes.
+
+    Args:
+        sums: this process's, (2,) each, on any device.
+    """
+    own = torch.stack(list(sums)).cpu().double().sum(dim=0).tolist() if sums else (0.0, 0.0)
+    total, count = map(math.fsum, zip(*over_processes(own), strict=True))
+    return total / max(count, 1.0)
 
 
 def still_key_biases(model: nn.Module) -> None:

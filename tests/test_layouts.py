@@ -196,6 +196,31 @@ def test_every_layout(llm_type, method, tiny, mixed_file, tmp_path, reference):
     check([(layout, llm_type, method) for layout in LAYOUTS], tiny, mixed_file, tmp_path, reference)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("llm_type", "method"), [("llama3", "lora"), ("minicpm", "full")])
+def test_evaluation_loss_at_every_layout_and_batch(llm_type, method, tiny, mixed_file, tmp_path):
+    """13 samples, so that most batches leave some over, on one process or two."""
+    layouts = [(layout, batch) for layout in ("plain", "ddp", "zero2", "zero3") for batch in (1, 3, 4)]
+    folders = {run: tmp_path / f"{run[0]}-{run[1]}" for run in layouts}
+    for processes in (1, 2):
+        runs = [
+            [
+                *flags(layout, llm_type, method, tiny, mixed_file, folder),
+                *("--max_steps", "1", "--learning_rate", "0", "--warmup_steps", "0", "--eval_strategy", "steps"),
+                *("--eval_steps", "1", "--eval_data_path", str(mixed_file)),
+                *("--per_device_eval_batch_size", str(batch)),
+            ]
+            for (layout, batch), folder in folders.items()
+            if (layout == "plain") == (processes == 1)
+        ]
+        train_together(runs, tmp_path, processes)
+    found = {}
+    for run, folder in folders.items():
+        history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        [found[run]] = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
+    assert found == pytest.approx(dict.fromkeys(found, found["plain", 1]), rel=1e-6)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_layouts_on_two_gpus(tiny, mixed_file, tmp_path, reference):

@@ -196,6 +196,70 @@ def test_evaluation_keeps_no_logits_unless_asked(model, dataset, tmp_path):
     assert metrics["eval_loss"] > 0
 
 
+def test_evaluation_loss_is_the_mean_over_supervised_tokens_at_any_batch(model, dataset, tmp_path):
+    """Answers differ in length, so that a mean of batches would be another number at each batch size."""
+    total, count = 0.0, 0
+    for item in dataset:
+        batch = data_collator([item])
+        with torch.no_grad():
+            logits = model.eval()(data={k: v for k, v in batch.items() if k != "labels"}, use_cache=False).logits
+        labels = batch["labels"].flatten()
+        total += float(F.cross_entropy(logits.flatten(0, 1), labels, ignore_index=-100, reduction="sum"))
+        count += int((labels != -100).sum())
+    for batch_size, drop_last in ((1, False), (3, False), (3, True), (8, False), (16, True)):
+        arguments = {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": drop_last}
+        metrics = make_trainer(model, dataset, tmp_path, **arguments).evaluate()
+        assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-6), (batch_size, drop_last)
+
+
+def test_the_best_checkpoint_is_that_of_the_loss_over_tokens(tmp_path):
+    """Learned by heart, the short answers' loss falls, and that of the one long answer rises: a mean over batches of
+    one sample would call the last checkpoint the best."""
+
+    class Drifting(nn.Module):
+        """Answers of one token become likelier with each step, the long one unlikelier."""
+
+        def __init__(self):
+            super().__init__()
+            self.drift = nn.Parameter(torch.tensor(6.0))
+
+        def forward(self, data):
+            certain = torch.zeros(*data["input_ids"].shape, 704)
+            certain[..., 1] = self.drift
+            return CausalLMOutputWithPast(logits=certain)
+
+    def item(label: int, tokens: int) -> dict:
+        ids = torch.arange(20)
+        labels = torch.full((20,), -100)
+        labels[:tokens] = label
+        empty = {"pixel_values": [], "tgt_sizes": torch.zeros(0, 2), "image_bound": torch.zeros(0, 2)}
+        return {"input_ids": ids, "position_ids": ids, "labels": labels, **empty}
+
+    short, long = [item(1, 1)] * 4, [item(2, 16)]
+    best = {}
+    for batch_size in (1, 5):
+        trainer = make_trainer(
+            Drifting(),
+            short,
+            tmp_path / str(batch_size),
+            learning_rate=0.5,
+            max_steps=4,
+            per_device_eval_batch_size=batch_size,
+            eval_strategy="steps",
+            eval_steps=1,
+            save_strategy="steps",
+            save_steps=1,
+            metric_for_best_model="loss",
+            greater_is_better=False,
+        )
+        trainer.eval_dataset = short + long
+        trainer.train()
+        history = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+        assert history == sorted(history) and history[0] < history[-1]
+        best[batch_size] = trainer.state.best_global_step
+    assert best == {1: 1, 5: 1}
+
+
 class Bigram(nn.Module):
     """Any module with `forward(data=...) -> .logits`."""
 
