@@ -99,6 +99,34 @@ def test_checkpointing_with_attention_dropout_and_noise_on_embeddings(llm_type, 
         torch.testing.assert_close(weights[1][name], weight, atol=1e-6, rtol=1e-5, msg=name)
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_noise_of_neftune_is_that_of_each_sample_alone(llm_type, attention, tmp_path):
+    """alpha / sqrt(tokens * width) at most, whatever else is in the batch: without padding, or with it."""
+    model = AutoModel.from_pretrained(GOLDEN[llm_type], dtype=torch.float32, attn_implementation=attention)
+    items = []
+    for length in (10, 40, 90, 160):
+        ids = torch.arange(20, 20 + length)
+        empty = {"pixel_values": [], "tgt_sizes": torch.zeros(0, 2), "image_bound": torch.zeros(0, 2)}
+        items.append({"input_ids": ids, "position_ids": torch.arange(length), "labels": ids, **empty})
+    seen = []
+    model.llm.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["inputs_embeds"].detach()), with_kwargs=True
+    )
+    settings = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}
+    settings |= {"output_dir": str(tmp_path), "max_steps": 1, "learning_rate": 0.0, "neftune_noise_alpha": 5.0}
+    arguments = TrainingArguments(per_device_train_batch_size=4, train_sampling_strategy="sequential", **settings)
+    CPMTrainer(model=model, args=arguments, train_dataset=items, data_collator=data_collator).train()
+    width, scale = model.config.hidden_size, model.scale_emb
+    rows = seen[0][0].split([len(item["input_ids"]) for item in items]) if attention == "sdpa" else seen[0]
+    for item, row in zip(items, rows, strict=True):
+        ids = item["input_ids"]
+        noise = row[: len(ids)] / scale - model.get_input_embeddings()(ids)
+        most = 5.0 / (len(ids) * width) ** 0.5
+        assert 0.97 * most < float(noise.abs().max()) < 1.001 * most
+        assert float(noise.std()) == pytest.approx(most / 3**0.5, rel=0.05)  # of a uniform distribution
+
+
 def train_one_step(model, data: dict, tmp_path, **arguments) -> None:
     """On the first sample of `data`, with SGD."""
     settings = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "dataloader_num_workers": 0}

@@ -146,17 +146,16 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             inputs_embeds (B, L, D) and, per sample, its slices' features (S_i, Q, D).
         """
         samples, length = data["input_ids"].shape
-        starts = range(0, samples * length, length)
-        embeds, features = self._embed(data, data["input_ids"].flatten(), starts)
+        embeds, features = self._embed(data, data["input_ids"].flatten(), [length] * samples)
         return embeds.view(samples, length, -1), features
 
     def _embed(
-        self, data: Mapping, input_ids: torch.Tensor, starts: Sequence[int]
+        self, data: Mapping, input_ids: torch.Tensor, lengths: Sequence[int]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Embeddings (T, D) of the token ids (T,) of all samples, the first of which stand at `starts`, and, per
-        sample, its slices' features (S_i, Q, D)."""
-        # in three dimensions, which hooks of the embeddings count on (NEFTune)
-        embeds = self.get_input_embeddings()(input_ids[None])[0]
+        """Embeddings (T, D) of the token ids (T,) of all samples, which have `lengths`, and, per sample, its slices'
+        features (S_i, Q, D)."""
+        starts = [0, *accumulate(lengths)][:-1]
+        embeds = self._token_embeddings(input_ids, lengths, data.get("lengths"))
         if self.scale_emb != 1.0:
             embeds = embeds * self.scale_emb
         per_sample = data.get("vision_hidden_states")
@@ -177,6 +176,17 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         index = self._placeholder_index(data["image_bound"], counts, starts, embeds.device)
         # Out of place: with frozen embeddings `embeds` is a leaf that requires grad, which no in-place write survives.
         return embeds.index_copy(0, index, features.flatten(0, 1)), list(features.split(counts))
+
+    def _token_embeddings(
+        self, input_ids: torch.Tensor, lengths: Sequence[int], unpadded: Sequence[int] | None
+    ) -> torch.Tensor:
+        """(T, D). The noise of NEFTune, a hook that takes three dimensions, is scaled by the size of what is embedded
+        at once: then every sample by itself, without its padding, so that its noise is that of the sample alone."""
+        embedding = self.get_input_embeddings()
+        if not (self.training and getattr(embedding, "neftune_noise_alpha", None)):
+            return embedding(input_ids[None])[0]
+        samples = zip(input_ids.split(lengths), unpadded or lengths, strict=True)
+        return torch.cat([F.pad(embedding(ids[None, :n])[0], (0, 0, 0, len(ids) - n)) for ids, n in samples])
 
     def _encode_slices(
         self, slices: list[list[torch.Tensor]], tgt_sizes: Sequence | None, groups: Sequence[int] | None
@@ -287,8 +297,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         """
         index = data["token_index"]
         packing = Packing.of(data["lengths"], index.device)
-        starts = [0, *accumulate(packing.lengths)][:-1]
-        embeds, _ = self._embed(data, data["input_ids"].flatten()[index], starts)
+        embeds, _ = self._embed(data, data["input_ids"].flatten()[index], packing.lengths)
         _, positions = packing.places()
         outputs = self.llm.model(
             inputs_embeds=embeds[None],
