@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import get_device_states, set_device_states
 
 
 def recompute(parameters: Sequence[nn.Parameter], random: bool, function: Callable, *inputs: Any) -> torch.Tensor:
@@ -32,10 +33,12 @@ class _Recompute(torch.autograd.Function):
     def forward(ctx, function: Callable, random: bool, count: int, *tensors: Any) -> torch.Tensor:
         inputs = tensors[:count]
         ctx.function = function
-        ctx.device = next(t.device for t in inputs if isinstance(t, torch.Tensor))
-        enabled = torch.is_autocast_enabled(ctx.device.type)
-        ctx.autocast = torch.get_autocast_dtype(ctx.device.type) if enabled else None
-        ctx.rng_state = _rng_state(ctx.device) if random else None
+        first = next(t for t in inputs if isinstance(t, torch.Tensor))
+        ctx.device = first.device
+        kind = ctx.device.type
+        enabled = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        ctx.autocast = torch.get_autocast_dtype(kind) if enabled else None
+        ctx.rng_state = _rng_state(first) if random else None
         ctx.needs_grad = [isinstance(t, torch.Tensor) and t.requires_grad for t in inputs]
         ctx.others = {place: t for place, t in enumerate(inputs) if not isinstance(t, torch.Tensor)}
         ctx.save_for_backward(*(t for t in inputs if isinstance(t, torch.Tensor)), *tensors[count:])
@@ -49,7 +52,7 @@ class _Recompute(torch.autograd.Function):
         inputs = [ctx.others[place] if place in ctx.others else next(saved) for place in places]
         parameters = list(saved)
         inputs = [t.detach().requires_grad_() if n else t for t, n in zip(inputs, ctx.needs_grad, strict=True)]
-        after = None if ctx.rng_state is None else _rng_state(ctx.device)
+        after = None if ctx.rng_state is None else _rng_state(grad)
         _set_rng_state(ctx.device, ctx.rng_state)
         autocast = torch.autocast(ctx.device.type, dtype=ctx.autocast) if ctx.autocast else nullcontext()
         with torch.enable_grad(), autocast:
@@ -60,12 +63,13 @@ class _Recompute(torch.autograd.Function):
         return None, None, None, *(next(grads) if needed else None for needed in ctx.needs_grad), *grads
 
 
-def _rng_state(device: torch.device) -> torch.Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _rng_state(tensor: torch.Tensor) -> torch.Tensor:
+    """State of the generator that random numbers on the tensor's device come from, whatever kind of device it is."""
+    return torch.get_rng_state() if tensor.device.type == "cpu" else get_device_states(tensor)[1][0]
 
 
 def _set_rng_state(device: torch.device, state: torch.Tensor | None) -> None:
-    if state is not None and device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    elif state is not None:
+    if state is not None and device.type == "cpu":
         torch.set_rng_state(state)
+    elif state is not None:
+        set_device_states([device.index], [state], device_type=device.type)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import GOLDEN, LLM_TYPES, golden_batch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import AutoModel
 
 from finetune.arguments import TrainingArguments
@@ -83,6 +86,49 @@ def test_recompute_under_autocast():
         grads.append(torch.autograd.grad(y.float().sum(), (x, layer.weight)))
     for one, other in zip(*grads, strict=True):
         assert torch.equal(one, other)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor of a device that is neither the CPU nor CUDA and draws its own random numbers: "lazy", which autograd
+    knows and no machine has. Computed on the CPU, with the generator that stands for the device's."""
+
+    generator = torch.Generator()
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device="lazy:0")
+
+    def __init__(self, inner: torch.Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map(lambda x: x.inner if isinstance(x, cls) else x, (args, dict(kwargs or {})))
+        if kwargs.get("device") == torch.device("lazy:0"):
+            kwargs["device"] = torch.device("cpu")
+        of_cpu = torch.get_rng_state()
+        torch.set_rng_state(cls.generator.get_state())
+        made = function(*args, **kwargs)
+        cls.generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(of_cpu)
+        return tree_map(lambda x: cls(x) if isinstance(x, torch.Tensor) else x, made)
+
+
+def test_recompute_draws_the_same_mask_on_any_kind_of_device(monkeypatch):
+    module = SimpleNamespace(
+        get_rng_state=Elsewhere.generator.get_state,
+        set_rng_state=Elsewhere.generator.set_state,
+        device=lambda _: nullcontext(),
+    )
+    monkeypatch.setattr(torch, "lazy", module, raising=False)
+    x = Elsewhere(torch.ones(256)).requires_grad_()
+    first = recompute([], True, nn.Dropout(0.5), x)
+    second = recompute([], True, nn.Dropout(0.5), x)
+    assert not torch.equal(first.inner, second.inner)
+    before = Elsewhere.generator.get_state()
+    (grad,) = torch.autograd.grad((first + 3 * second).sum(), x)
+    torch.testing.assert_close(grad.inner, first.inner + 3 * second.inner, atol=0, rtol=0)
+    assert torch.equal(Elsewhere.generator.get_state(), before)  # what comes after draws as if nothing was replayed
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
