@@ -45,6 +45,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 WARMUP = ("--warmup_steps", "--warmup_ratio")
 TRUE, FALSE = ("true", "True", "1", "yes", "latest"), ("false", "False", "0", "no")
 LORA_TARGETS = r"llm\..*layers\.\d+\.self_attn\.(q_proj|k_proj|v_proj|o_proj)"
+ALL_LINEAR = "all-linear"
 DEFAULT_SLICES = "the checkpoint's setting, 9 for both models"
 
 
@@ -280,8 +281,9 @@ class LoraArguments:
     lora_target_modules: str = field(
         default=LORA_TARGETS,
         metadata={
-            "help": "Linear layers that get LoRA: names in the language model, with commas (q_proj,v_proj), a regular "
-            "expression over full names, or all-linear."
+            "help": "Linear layers that get LoRA: names in the language model, with commas (q_proj,v_proj), all-linear "
+            "(all in its layers), or a regular expression over full names. In the vision tower, resampler and "
+            "embeddings only where their --tune_ flag is false."
         },
     )
     lora_weight_path: str = field(
@@ -308,11 +310,14 @@ class LoraArguments:
     @property
     def target_modules(self) -> str:
         """Regular expression over full names for peft: plain names (`q_proj,v_proj`) within the language model, and
-        the layers of `lora_layers_to_transform`, which peft itself takes only beside a list of names."""
+        the layers of `lora_layers_to_transform`, which peft itself takes only beside a list of names. Likewise
+        `all-linear`: peft's own would also take vision tower and resampler, which have flags of their own."""
         targets, layer = self.lora_target_modules, r"\d+"
         if self.layers_to_transform is not None:
             layer = f"({'|'.join(map(str, self.layers_to_transform))})"
         layer_of = rf"{self.lora_layers_pattern or 'layers'}\.{layer}"
+        if targets.lower() == ALL_LINEAR:
+            return rf"llm\..*{layer_of}\..*_proj"
         if re.fullmatch(r"[\w.]+(,[\w.]+)*", targets):
             names = "|".join(map(re.escape, targets.split(",")))
             return rf"llm\..*{layer_of}\..*\b({names})"
@@ -777,7 +782,7 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
     except re.error as error:
         problems.append(f"--lora_target_modules {lora.lora_target_modules}: no regular expression ({error})")
     try:
-        plain = re.fullmatch(r"[\w.,]+", lora.lora_target_modules)
+        plain = re.fullmatch(r"[\w.,]+|(?i:all-linear)", lora.lora_target_modules)
         if lora.layers_to_transform and not plain and r"layers\.\d+" not in lora.lora_target_modules:
             problems.append(
                 r"--lora_layers_to_transform needs plain names in --lora_target_modules, or layers\.\d+ in its "

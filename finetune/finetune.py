@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from finetune.arguments import (
@@ -286,8 +287,7 @@ def load_model(
     model = prepare_trainable(model, args, lora_args)
     if mixed:
         for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else args.compute_dtype)
     return model
 
 
@@ -362,6 +362,12 @@ def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_ar
         model = prepare_trainable(model, args, lora_args)
     except (ValueError, TypeError, KeyError) as error:
         return [f"LoRA cannot be set up: {error}"]
+    if twice := _trained_twice(model):
+        return [
+            f"--lora_target_modules: {len(twice)} matrices would be trained both in full and by LoRA ({twice[0]}): "
+            "leave them out, or set the flag of their part to false (--tune_vision, --tune_resampler, "
+            "--tune_embed_tokens)"
+        ]
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return ["nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"]
     try:
@@ -369,6 +375,14 @@ def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_ar
     except (ValueError, ImportError) as error:  # a package that it needs
         return [f"--optim {args.optim.value}: {error}"]
     return []
+
+
+def _trained_twice(model: torch.nn.Module) -> list[str]:
+    """Names of layers with LoRA whose own matrix is trained in full."""
+    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, LoraLayer)]
+    return [
+        name.removeprefix("base_model.model.") for name, layer in layers if layer.get_base_layer().weight.requires_grad
+    ]
 
 
 def _load_data(

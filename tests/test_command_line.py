@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLM_TYPES, ROOT, TESTS, launch
+from conftest import LLM_TYPES, ROOT, TESTS, launch, write_adapter
 from peft import AutoPeftModelForCausalLM
+from safetensors.torch import load_file
 
 from finetune import arguments as arguments_module
 from finetune.arguments import (
@@ -24,6 +25,7 @@ from finetune.arguments import (
     parse_arguments,
 )
 from finetune.errors import UserError
+from finetune.finetune import _trainable_problems as trainable_problems
 from finetune.finetune import load_model, prepare_trainable, train
 from finetune.minicpmv import MiniCPMV
 from finetune.reporting import parameter_table, plot_history
@@ -99,6 +101,57 @@ def test_which_layers_get_lora(given, flags, expected):
     adapted = {n.split(".lora_A")[0] for n, _ in model.named_parameters() if ".lora_A" in n}
     assert {name[name.index("layers.") :] for name in adapted} == expected
     assert all((".vpm." in name) == ("vpm" in flags) for name in adapted)
+
+
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+@pytest.mark.parametrize("vision", ["true", "false"])
+def test_all_linear_is_the_language_model_and_the_other_parts_obey_their_flags(given, tiny, llm_type, vision):
+    """No matrix is trained both in full and by LoRA; the resampler's are in full, the tower's in full or not at all."""
+    flags = ("--use_lora", "true", "--lora_target_modules", "all-linear", "--tune_vision", vision)
+    (model_args, _, training, lora), problems = given("--model_name_or_path", tiny[llm_type], *flags)
+    assert problems == [] and trainable_problems(load_config(model_args.model_name_or_path), training, lora) == []
+    with torch.device("meta"):
+        plain = MiniCPMV(load_config(model_args.model_name_or_path))
+        model = prepare_trainable(MiniCPMV(plain.config), training, lora)
+    wanted = {name for name, module in plain.llm.model.layers.named_modules() if isinstance(module, torch.nn.Linear)}
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    adapted = {name.split(".lora_")[0] for name in trained if ".lora_" in name}
+    assert adapted == {f"base_model.model.llm.model.layers.{name}" for name in wanted} and len(wanted) == 14
+    in_full = {name.split(".")[2] for name in trained if ".lora_" not in name}
+    assert in_full == {"resampler", "llm", *(["vpm"] if vision == "true" else [])}
+    assert not [name for name in trained if ".base_layer." in name]
+
+
+def test_all_linear_in_some_layers(given):
+    flags = ("--use_lora", "true", "--lora_target_modules", "All-Linear", "--lora_layers_to_transform", "1")
+    (model_args, _, training, lora), problems = given(*flags)
+    assert problems == []
+    with torch.device("meta"):
+        model = prepare_trainable(MiniCPMV(load_config(model_args.model_name_or_path)), training, lora)
+    adapted = {name.split(".lora_")[0] for name, _ in model.named_parameters() if ".lora_" in name}
+    assert len(adapted) == 7 and all(".layers.1." in name for name in adapted)
+
+
+@pytest.mark.parametrize(
+    ("targets", "flag", "first"),
+    [
+        (r".*(q_proj|fc1)", "--tune_vision", "vpm.encoder.layers.0"),
+        (r".*kv_proj", "--tune_resampler", "resampler.kv_proj"),
+        (r".*(embed_tokens|llm.*q_proj)", "--tune_embed_tokens", "llm.model.embed_tokens"),
+    ],
+)
+def test_full_training_and_lora_of_one_matrix_is_refused(given, targets, flag, first, tmp_path):
+    """Also where an adapter that has LoRA there is trained on."""
+    flags = ("--use_lora", "true", "--lora_target_modules", targets)
+    (model_args, _, training, lora), problems = given(*flags)
+    config = load_config(model_args.model_name_or_path)
+    [problem] = trainable_problems(config, training, lora)
+    assert problems == [] and "both in full and by LoRA" in problem and first in problem and flag in problem
+    (_, _, frozen, _), _ = given(*flags, flag, "false")
+    assert trainable_problems(config, frozen, lora) == []
+    adapter = write_adapter(Path(model_args.model_name_or_path), tmp_path / "adapter", *flags, flag, "false")
+    (_, _, training, lora), _ = given("--use_lora", "true", "--lora_weight_path", adapter)
+    assert "both in full and by LoRA" in trainable_problems(config, training, lora)[0]
 
 
 def test_layer_replication(given, tmp_path):
@@ -347,6 +400,29 @@ def test_half_precision_keeps_trained_tensors_in_float32(given):
     parsed[2].deepspeed = "file.json"
     model = load_model(parsed[0], parsed[2], parsed[3], load_config(parsed[0].model_name_or_path))
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("frozen", ["tune_vision", "tune_embed_tokens", "tune_resampler", "tune_llm"])
+def test_full_tuning_keeps_what_is_frozen_in_half_precision(given, data_file, tmp_path, frozen):
+    """And computes with both: a step and an evaluation run, and what was frozen comes out as it was."""
+    flags = ("--bf16", "true", f"--{frozen}", "false")
+    parsed, problems = given(*flags)
+    assert problems == []
+    config = load_config(parsed[0].model_name_or_path)
+    model = load_model(parsed[0], parsed[2], parsed[3], config)
+    kinds = {(p.requires_grad, p.dtype) for p in model.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    train(
+        [
+            *map(str, ("--model_name_or_path", parsed[0].model_name_or_path, "--data_path", data_file, *flags)),
+            *map(str, ("--output_dir", tmp_path / "out", "--eval_data_path", data_file, "--eval_strategy", "steps")),
+            *("--max_steps", "1", "--eval_steps", "1", "--batch_size", "4", "--report_to", "none"),
+            *("--gradient_checkpointing", "true", "--dataloader_num_workers", "0"),
+        ]
+    )
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert before and all(torch.equal(saved[name], value) for name, value in before.items())
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)

@@ -167,7 +167,7 @@ def test_noise_of_neftune_is_that_of_each_sample_alone(llm_type, attention, tmp_
     rows = seen[0][0].split([len(item["input_ids"]) for item in items]) if attention == "sdpa" else seen[0]
     for item, row in zip(items, rows, strict=True):
         ids = item["input_ids"]
-        noise = row[: len(ids)] / scale - model.get_input_embeddings()(ids)
+        noise = row[: len(ids)] / scale - model.get_input_embeddings()(ids).detach()
         most = 5.0 / (len(ids) * width) ** 0.5
         assert 0.97 * most < float(noise.abs().max()) < 1.001 * most
         assert float(noise.std()) == pytest.approx(most / 3**0.5, rel=0.05)  # of a uniform distribution

@@ -158,6 +158,8 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         embeds = self._token_embeddings(input_ids, lengths, data.get("lengths"))
         if self.scale_emb != 1.0:
             embeds = embeds * self.scale_emb
+        # Trained and frozen parts may have different dtypes; norms of another dtype than their input are slow.
+        embeds = embeds.to(self.llm.model.norm.weight.dtype)
         per_sample = data.get("vision_hidden_states")
         if per_sample is None:
             slices = [list(sample) for sample in data.get("pixel_values") or [()] * len(starts)]
