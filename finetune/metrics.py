@@ -20,7 +20,9 @@ from rapidfuzz.distance import LCSseq, Levenshtein
 ANLS_THRESHOLD = 0.5
 ARTICLES = ("a", "an", "the")
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-PIECE = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^\s{UNSPACED}]+")
+# What str.strip and str.split take for blank, which is what a blank is here; \s of regex lacks four of them.
+BLANK = r"\s\x1c-\x1f"
+PIECE = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{BLANK}{UNSPACED}]+")
 LETTERS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}]]+", regex.V1)
 IN_NUMBER = r"(?<=\d)\p{P}(?=\d)|(?<![\p{L}\p{N}])-(?=\d)"
 THOUSANDS = r"(?<=\d),(?=\d{3}(?!\d))"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 import string
+import unicodedata
 from collections import Counter
 
 import pytest
-from hypothesis import given
+import regex
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from finetune.metrics import (
@@ -161,7 +163,17 @@ def test_all_lie_between_0_and_1_and_are_symmetric(answer, reference):
         assert scores.rouge_l == 1
 
 
+def test_all_metrics_have_the_same_blanks():
+    """Those of str.strip, which also takes \\x1c to \\x1f."""
+    for character in map(chr, range(0x10000)):  # there are no blanks behind these
+        plain = unicodedata.normalize("NFKC", character)
+        if character.isspace() or not plain.strip() or regex.fullmatch(r"\s+", plain):
+            assert score(character, "") == score(f" {character}\t", "") == Scores(*4 * [float(not character.strip())])
+            assert score(f"two{character}words", "two words") == Scores(1, 1, 1, 1)
+
+
 @given(TEXTS)
+@example("\x1f")
 def test_a_text_is_like_itself(text):
     assert score(text, text) == Scores(1, 1, 1, 1)
     blank = not text.strip()
