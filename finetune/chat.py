@@ -38,7 +38,7 @@ from finetune.errors import UserError
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.conversation import IMAGE_MARK, place_pictures
 from finetune.minicpmv.modeling_minicpmv import BEAM_SEARCH, SAMPLING
-from finetune.minicpmv.streaming import answer_text
+from finetune.minicpmv.streaming import answer_text, stop_ids
 from finetune.pictures import load_image, map_pictures, picture_paths
 
 logger = logging.getLogger("finetune.chat")
@@ -154,7 +154,7 @@ class Asker:
                     stream.close()
             else:
                 token_ids = self.model.generate(inputs, **settings)[0].tolist()
-                say(answer_text(token_ids, self.tokenizer))
+                say(answer_text(token_ids, self.tokenizer, stop_ids(settings)))
         except KeyboardInterrupt:
             stopped = True
         return Answer("".join(said), prompt_tokens, len(token_ids), time.perf_counter() - start, stopped)

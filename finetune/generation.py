@@ -24,7 +24,7 @@ from finetune.dataset import SupervisedDataset
 from finetune.errors import UserError, over_processes, processes, rank
 from finetune.guards import let_workers_live
 from finetune.metrics import Scores, mean_scores, score
-from finetune.minicpmv.streaming import answer_text
+from finetune.minicpmv.streaming import answer_text, stop_ids
 
 # Said in full, so that nothing in a checkpoint's generation_config.json gets into it.
 GREEDY = {
@@ -163,7 +163,7 @@ def generate_answers(
     tokenizer = dataset.tokenizer
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     settings = base.chat_settings(tokenizer, **{**GREEDY, "use_cache": True, **settings})
-    stops = torch.tensor(settings["eos_token_id"])
+    stops = stop_ids(settings)
     device = base.get_input_embeddings().weight.device
     loader = DataLoader(
         _Prompts(dataset, questions),
@@ -181,8 +181,8 @@ def generate_answers(
                 for name, value in data.items()
             }
             said = base.generate(data=data, **settings).cpu()
-            cut = ~torch.isin(said, stops).any(dim=1)
-            texts = [answer_text(row, tokenizer) for row in said]
+            cut = ~torch.isin(said, torch.tensor(stops)).any(dim=1)
+            texts = [answer_text(row, tokenizer, stops) for row in said]
             yield dict(zip(places, map(Answer, texts, cut.tolist()), strict=True))
 
 

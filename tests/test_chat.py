@@ -22,7 +22,11 @@ from conftest import LLM_TYPES, ROOT, write_adapter
 from PIL import Image
 
 from finetune import arguments, chat
+from finetune.dataset import SupervisedDataset, load_samples
+from finetune.generation import Predictor
 from finetune.loading import load_extra_tensors, load_finetuned, load_tokenizer
+from finetune.minicpmv import MiniCPMV
+from finetune.minicpmv.conversation import encode_text, text_turns
 from finetune.minicpmv.streaming import AnswerStream, answer_text
 
 GREEDY = ("--sampling", "false", "--num_beams", 1)
@@ -142,6 +146,74 @@ def test_streamed_and_whole_answers_are_the_same(loaded, sampling):
         answer = model.chat(Image.new("RGB", (200, 90)), [user(QUESTION)], tokenizer, stream=stream, **settings)
         answers.append("".join(answer))
     assert answers[0] == answers[1] != ""
+
+
+SAID = (
+    "<ref>shape</ref><box>10 20 30 40</box>",
+    "STOP! Do not enter!",
+    "x != 1",
+    "!",
+    "a <quad>1</quad> b </s> <unk> <image> c <|eot_id|> d <AI>",
+    "红色 😀!",
+)
+
+
+@pytest.fixture
+def parrot(monkeypatch, loaded, llm_type):
+    """Makes the model say a text, or token ids, whatever it is asked, with its stop token behind unless it is cut."""
+    model, tokenizer = loaded
+
+    def make(said: str | list[int], cut: bool = False) -> list[int]:
+        ids = said
+        if isinstance(said, str):
+            turns = text_turns([{"role": "assistant", "content": said}], [], None)
+            _, labels = encode_text(turns, tokenizer, llm_type, 1)
+            ids = labels[labels != -100].tolist()[:-1]
+        ids = [*ids, *([] if cut else [model.chat_settings(tokenizer)["eos_token_id"][-1]])]
+
+        def generate(inputs=None, data=None, streamer=None, **settings):
+            rows = len((data or inputs)["input_ids"])
+            for id_ in ids if streamer else ():
+                streamer.put(torch.tensor([id_]))
+            longer = [] if cut else [settings["pad_token_id"]]  # another one of the batch is
+            return torch.tensor([[*ids, *longer]] * rows)
+
+        monkeypatch.setattr(MiniCPMV, "generate", lambda self, *args, **kwargs: generate(*args, **kwargs))
+        return ids
+
+    return make
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_everything_that_the_model_says_is_shown(loaded, llm_type, tiny, parrot, said, data_file, capsys):
+    """Grounding tags, "!" (the pad token of 2.5) and words that look like control tokens, everywhere the same."""
+    model, tokenizer = loaded
+    parrot(said)
+    assert model.chat(None, [user(QUESTION)], tokenizer) == said
+    assert "".join(model.chat(None, [user(QUESTION)], tokenizer, stream=True)) == said
+    call = ("--model", tiny[llm_type], "--question", QUESTION)
+    for flags in ((), ("--sampling", "false")):
+        assert run(capsys, *call, *flags)[:2] == (0, said + "\n")
+        status, out, _ = run(capsys, *call, *flags, "--json")
+        assert status == 0 and json.loads(out)["answer"] == said
+    conversation = chat.Conversation(chat.Asker(model, tokenizer))
+    for _ in range(2):  # the answer is part of the next prompt
+        assert conversation.ask(QUESTION, lambda _: None).text == said
+    dataset = SupervisedDataset.for_checkpoint(model.config, tokenizer, load_samples(data_file))
+    assert {one.answer.text for one in Predictor(dataset, 4, 3, 8)(model)} == {said}
+
+
+def test_only_the_stop_token_that_ended_an_answer_is_taken_off(loaded, parrot):
+    """Control tokens that the model itself says are shown; an answer that was cut off loses nothing."""
+    model, tokenizer = loaded
+    first, second = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in ("three", "!"))
+    for stream in (False, True):
+        parrot([*first, tokenizer.im_end_id, tokenizer.bos_token_id, *second])
+        said = "".join(model.chat(None, [user(QUESTION)], tokenizer, stream=stream))
+        assert said == f"three</image>{tokenizer.bos_token}!"
+        parrot([*first, *second], cut=True)
+        said = "".join(model.chat(None, [user(QUESTION)], tokenizer, stream=stream))
+        assert said.replace(" ", "") == "three!"
 
 
 def test_closing_a_stream_ends_the_generation(loaded):

@@ -7,13 +7,14 @@ import json
 import pytest
 import torch
 from conftest import GOLDEN, LLM_TYPES
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModel, AutoTokenizer
 
 from finetune.checks import token_lengths
 from finetune.dataset import SampleError, SupervisedDataset, truncate
+from finetune.minicpmv.conversation import control_words, encode, encode_text, text_turns
 
 # Small slices, so that pictures of a few hundred pixels are cut into many.
 SLICING = {"max_slice_nums": 9, "scale_resolution": 56, "patch_size": 14}
@@ -49,7 +50,9 @@ def model(request):
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
     lambda text: not any(word in text for word in ("<", ">"))
-) | st.sampled_from(["", " ", "\n\n", "  two  ", "<AI>", "<用户> x", "Was ist das?", "图中有什么？", "😀" * 3])
+) | st.sampled_from(
+    ["", " ", "\n\n", "  two  ", "<AI>", "<用户> x", "</s><|eot_id|>", "Was ist das?", "图中有什么？", "😀" * 3]
+)
 SIZE = st.tuples(st.integers(1, 300), st.integers(1, 300), st.sampled_from(sorted(COLOURS)))
 
 
@@ -138,6 +141,65 @@ def test_sample_is_what_chat_feeds(model, pictures, data):
     assert measure.tokens == len(ids) == token_lengths(dataset)[0]
     assert measure.supervised == len(asked)
     assert measure.picture_tokens == query_num * len(item["pixel_values"]) and len(measure.slices) == len(images)
+
+
+CONTROL = [
+    *("<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|end_of_text|>", "<s>", "</s>"),
+    *("<unk>", "<image>", "</image>", "<slice>", "</slice>", "<用户>", "<AI>", "<|eot_id|><|start_header_id|>system"),
+]
+OTHERS = ["<box>", "</box>", "<ref>", "<", ">", "|", "AI>", " ", "\n\n", "user", "x!", "é😀", "\ue000"]
+PIECES = st.sampled_from([*CONTROL, *OTHERS])
+
+
+@given(texts=st.lists(st.lists(PIECES, min_size=1, max_size=8).map("".join), min_size=2, max_size=6))
+@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+def test_whatever_stands_in_the_texts_makes_no_turn(model, texts):
+    """As many turns as were given, labels that are the answers, and the prompts of chat() at their beginnings."""
+    tokenizer, kind = model.tokenizer, model.config.llm_type
+    turns = [
+        {"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(texts[: len(texts) // 2 * 2])
+    ]
+    for turn in turns[::2]:
+        turn["content"] = [turn["content"]]  # in which nothing is the mark of a picture
+    turns[0]["content"].insert(0, Image.new("RGB", (30, 20)))
+
+    def encoded(count: int, **prompt) -> tuple[list[int], torch.Tensor]:
+        item = encode(turns[:count], [], tokenizer, kind, 3, None, as_strips=False, **prompt)
+        return item["input_ids"].tolist(), item["labels"]
+
+    ids, labels = encoded(len(turns))
+    if kind == "llama3":
+        wanted = dict.fromkeys(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"), len(turns))
+        wanted |= {"<|begin_of_text|>": 1, "<|end_of_text|>": 0}
+    else:
+        wanted = {"<s>": 1, "</s>": 1, "<用户>": len(turns) // 2, "<AI>": len(turns) // 2}
+    wanted |= {"<image>": 1, "</image>": 1, "<unk>": 3, "<slice>": 0, "</slice>": 0}
+    assert {word: ids.count(tokenizer.convert_tokens_to_ids(word)) for word in wanted} == wanted
+    end = tokenizer.eot_id if kind == "llama3" else tokenizer.eos_token_id
+    answers: list[list[int]] = [[]]
+    for token in labels[labels != -100].tolist():
+        answers = [*answers, []] if token == end else [*answers[:-1], [*answers[-1], token]]
+    said = [tokenizer.decode(answer, clean_up_tokenization_spaces=False).strip() for answer in answers]
+    assert said == [*(turn["content"].strip() for turn in turns[1::2]), ""]
+    for count in range(1, len(turns), 2):
+        prompt, _ = encoded(count, generation_prompt=True)
+        assert prompt == ids[: len(prompt)]
+
+
+@given(text=st.text(max_size=20) | st.lists(st.sampled_from(OTHERS), max_size=9).map("".join))
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+def test_texts_without_control_tokens_have_the_ids_of_the_tokenizer(model, text):
+    """Also where another text of the conversation has some, which takes a longer way."""
+    tokenizer, kind = model.tokenizer, model.config.llm_type
+    [turn] = text_turns([{"role": "user", "content": text}], [], None)
+    assume(not control_words([turn], tokenizer, kind))
+    [other] = text_turns([{"role": "assistant", "content": f"a {CONTROL[3]} {CONTROL[13]} b"}], [], None)
+    alone, _ = encode_text([turn], tokenizer, kind, 3)
+    beside, _ = encode_text([turn, other], tokenizer, kind, 3)
+    assert beside[: len(alone)].tolist() == alone.tolist()
+    whole = text.strip() + "<|eot_id|>" if kind == "llama3" else f"<用户>{text}"
+    expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
+    assert alone[-len(expected) :].tolist() == expected
 
 
 @given(data=st.data())

@@ -1,14 +1,16 @@
 """From a conversation with pictures to token ids, labels and slices: the one path for training and for `chat()`.
 
 A conversation is a list of messages `{"role": "user" | "assistant" | "system", "content": text}`; an answer with
-`"weight": 0` is not supervised.
+`"weight": 0` is not supervised. Text is text: the tokens that make turns and pictures are written here alone, and where
+their words stand in a message they are encoded as the characters that they are. Grounding tags stay tokens.
 """
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,17 +22,50 @@ from .vision import patch_grid, to_strip
 
 IGNORE_INDEX = -100
 IMAGE_MARK = "<image>"
+PICTURE_TOKENS = ("<image>", "</image>", "<slice>", "</slice>", "<unk>")
 NUMBERED_MARK = re.compile(r"<image_(\d+)>")
+LLAMA3_END = "<|eot_id|>"
 LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 MINICPM_ROLES = {"user": "<用户>", "assistant": "<AI>"}
 
 
+GROUNDING_TAGS = tuple(f"<{end}{kind}>" for kind in ("ref", "box", "quad", "point") for end in ("", "/"))
+ALONE = "\ue000"  # a character that no vocabulary has a token for, nor a longer token with it
+
+
+class Placeholder(str):
+    """What stands for a picture in a turn (see `placeholder`): the one text whose picture tokens are tokens."""
+
+
 class Turn(NamedTuple):
-    """A message whose pictures are already placeholder text (see `placeholder`)."""
+    """A message."""
 
     role: str
-    text: str
+    parts: tuple[str, ...]
+    """texts as they were written, and a `Placeholder` for each picture; no two texts behind one another"""
     supervised: bool
+
+    @property
+    def text(self) -> str:
+        return "".join(self.parts)
+
+    @property
+    def trimmed(self) -> tuple[str, ...]:
+        """`parts` without whitespace at the ends of the whole."""
+        *front, last = self.parts or ("",)
+        first, *rest = [*front, last if isinstance(last, Placeholder) else last.rstrip()]
+        return (first if isinstance(first, Placeholder) else first.lstrip(), *rest)
+
+
+class Vocabulary(NamedTuple):
+    """Which words of a text are tokens of their own for a tokenizer, see `vocabulary`."""
+
+    control: re.Pattern
+    """those that no message may make: turns, pictures, beginning and end of text"""
+    kept: re.Pattern
+    """those that a message may make; with a group, so that `split` gives them too"""
+    unsplit: re.Pattern
+    """those of `control` that sentencepiece itself keeps whole"""
 
 
 def encode(
@@ -175,16 +210,48 @@ def _in_order_of_marks(found: list[str], pictures: list, images: Sequence | Mapp
 
 
 def text_turns(messages: Sequence[Mapping], images, describe: Callable, until: int | None = None) -> list[Turn]:
-    """The messages, or the first `until` of them, with each picture replaced by `describe(picture)`, in reading
+    """The messages, or the first `until` of them, with `describe(picture)` in the place of each picture, in reading
     order."""
     return [
-        Turn(
-            role,
-            "".join(part if isinstance(part, str) else describe(part) for part in parts),
-            role == "assistant" and message.get("weight") != 0,
-        )
+        Turn(role, _joined_texts(parts, describe), role == "assistant" and message.get("weight") != 0)
         for message, (role, parts) in zip(messages[:until], place_pictures(messages, images)[:until], strict=True)
     ]
+
+
+def _joined_texts(parts: Sequence, describe: Callable) -> tuple[str, ...]:
+    joined: list[str] = []
+    for part in parts:
+        if not isinstance(part, str):
+            joined.append(Placeholder(describe(part)))
+        elif joined and not isinstance(joined[-1], Placeholder):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
+@functools.lru_cache(maxsize=16)
+def vocabulary(tokenizer, llm_type: str) -> Vocabulary:
+    """The words that a tokenizer of this kind of model makes tokens of, wherever they stand."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    # 2.5 pads with "!", a character of its texts all the same.
+    kept = {word for word in added if word in GROUNDING_TAGS or len(word) == 1}
+    control = {*(added - kept), *PICTURE_TOKENS, *(MINICPM_ROLES.values() if llm_type == "minicpm" else ())}
+    pieces = getattr(tokenizer, "sp_model", None)
+    unsplit = {word for word in control if pieces and pieces.piece_to_id(word) in pieces.encode(word)}
+    return Vocabulary(*(_any_of(words) for words in (control, kept, unsplit)))
+
+
+def _any_of(words: Collection[str]) -> re.Pattern:
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if words else "((?!))")
+
+
+def control_words(turns: Sequence[Turn], tokenizer, llm_type: str) -> list[str]:
+    """The words in the texts of messages that would be control tokens, were they not encoded as plain text."""
+    control = vocabulary(tokenizer, llm_type).control
+    texts = (part for turn in turns for part in turn.parts if not isinstance(part, Placeholder))
+    return [word for text in texts for word in control.findall(text)]
 
 
 def encode_text(
@@ -215,12 +282,17 @@ def _encode_llama3(turns: Sequence[Turn], tokenizer, generation_prompt: bool) ->
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of MiniCPM-Llama3-V 2.5, which llama3 stands for")
+    plain = not control_words(turns, tokenizer, "llama3")
     ids, asked = [tokenizer.bos_token_id], [False]
-    for role, text, supervised in turns:
-        header = _llama3_header(backend, role)
-        body = backend.encode(text.strip() + "<|eot_id|>", add_special_tokens=False).ids
+    for turn in turns:
+        header = _llama3_header(backend, turn.role)
+        if plain:
+            body = backend.encode("".join(turn.trimmed) + LLAMA3_END, add_special_tokens=False).ids
+        else:
+            body = [id_ for part in turn.trimmed for id_ in _llama3_text_ids(part, tokenizer, backend)]
+            body.append(tokenizer.convert_tokens_to_ids(LLAMA3_END))
         ids += header + body
-        asked += [False] * len(header) + [supervised] * len(body)
+        asked += [False] * len(header) + [turn.supervised] * len(body)
     if generation_prompt:
         header = _llama3_header(backend, "assistant")
         ids += header
@@ -229,41 +301,98 @@ def _encode_llama3(turns: Sequence[Turn], tokenizer, generation_prompt: bool) ->
     return ids, _shift(np.where(asked, ids, IGNORE_INDEX))
 
 
+def _llama3_text_ids(part: str, tokenizer, backend) -> list[int]:
+    """A part of a turn, control words in a text as characters."""
+    if isinstance(part, Placeholder):
+        return backend.encode(part, add_special_tokens=False).ids
+    ids: list[int] = []
+    backend.encode_special_tokens = True  # as text
+    try:
+        for number, text in enumerate(vocabulary(tokenizer, "llama3").kept.split(part)):
+            if number % 2:
+                ids.append(backend.token_to_id(text))
+            else:
+                ids += backend.encode(text, add_special_tokens=False).ids
+    finally:
+        backend.encode_special_tokens = False
+    return ids
+
+
 @functools.lru_cache(maxsize=32)
 def _llama3_header(backend, role: str) -> list[int]:
     return backend.encode(LLAMA3_HEADER.format(role=role), add_special_tokens=False).ids
 
 
 def _encode_minicpm(turns: Sequence[Turn], tokenizer, generation_prompt: bool) -> tuple[np.ndarray, np.ndarray]:
-    """BOS and `<用户>`question`<AI>`answer... encoded as one string; `</s>` stands at the end of the last answer.
-
-    Turns are found again in the ids by their role tokens; a role token that a user typed in a text is counted too.
-    """
-    text = "".join(MINICPM_ROLES[turn.role] + turn.text for turn in turns)
+    """BOS and `<用户>`question`<AI>`answer... encoded as one string; `</s>` stands at the end of the last answer."""
+    parts = [part for turn in turns for part in (_Token(MINICPM_ROLES[turn.role]), *turn.parts)]
     if generation_prompt:
-        text += MINICPM_ROLES["assistant"]
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        parts.append(_Token(MINICPM_ROLES["assistant"]))
+    if control_words(turns, tokenizer, "minicpm"):
+        ids = _minicpm_text_ids(parts, tokenizer)
+    else:
+        ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
     ends_with_answer = turns[-1].role == "assistant" and not generation_prompt
     ids = np.array([tokenizer.bos_token_id, *ids] + [tokenizer.eos_token_id] * ends_with_answer, dtype=np.int64)
     role_ids = [tokenizer.convert_tokens_to_ids(token) for token in MINICPM_ROLES.values()]
     marks = np.flatnonzero(np.isin(ids, role_ids))
-    typed = [sum(turn.text.count(token) for token in MINICPM_ROLES.values()) for turn in turns]
-    if len(marks) != len(turns) + sum(typed) + generation_prompt:
+    if len(marks) != len(turns) + generation_prompt:
         raise ValueError(
             f"the tokenizer does not keep {' and '.join(MINICPM_ROLES.values())} whole: found {len(marks)} role "
             f"tokens for {len(turns)} turns; is this the tokenizer of MiniCPM-V 2.0?"
         )
-    first = np.cumsum([0, *(1 + n for n in typed)])  # index in `marks` of each turn's role token
     labels = np.full(len(ids), IGNORE_INDEX, dtype=np.int64)
-    for number, turn in enumerate(turns):
-        if not turn.supervised:
-            continue
-        begin = marks[first[number]]
-        is_last = first[number + 1] >= len(marks)
-        end = len(ids) - ends_with_answer if is_last else marks[first[number + 1]]
-        labels[begin : end - 1] = ids[begin + 1 : end]
-        labels[end - 1] = tokenizer.eos_token_id
+    ends = [*marks[1:], len(ids) - ends_with_answer]
+    for turn, begin, end in zip(turns, marks, ends, strict=False):  # behind them may be the words of the prompt
+        if turn.supervised:
+            labels[begin : end - 1] = ids[begin + 1 : end]
+            labels[end - 1] = tokenizer.eos_token_id
     return ids, labels
+
+
+class _Token(str):
+    """A role's word that opens a turn."""
+
+
+def _minicpm_text_ids(parts: Sequence[str], tokenizer) -> list[int]:
+    """As the tokenizer encodes the parts as one string, but for control words in texts, which become characters."""
+    words = vocabulary(tokenizer, "minicpm")
+    special = _any_of(tokenizer.all_special_tokens)
+    ids: list[int] = []
+    pieces = [""]  # since the last special token, cut within what sentencepiece would keep whole
+
+    def flush() -> None:
+        for number, piece in enumerate(pieces):
+            ids.extend(_continued(piece, tokenizer.sp_model) if number else tokenizer.sp_model.encode(piece))
+        pieces[:] = [""]
+
+    for part in parts:
+        if isinstance(part, _Token):
+            pieces[-1] += part
+            continue
+        of_picture = isinstance(part, Placeholder)
+        for number, text in enumerate((special if of_picture else words.kept).split(part)):
+            if number % 2:
+                flush()
+                ids.append(tokenizer.convert_tokens_to_ids(text))
+                continue
+            cuts = [] if of_picture else [match.start() + 1 for match in words.unsplit.finditer(text)]
+            first, *rest = (text[begin:end] for begin, end in pairwise([0, *cuts, len(text)]))
+            pieces[-1] += first
+            pieces += rest
+    flush()
+    return ids
+
+
+def _continued(text: str, sp_model) -> list[int]:
+    """The ids of a text that follows on another, which is not to begin with the space that sentencepiece puts in front
+    of all that it encodes: behind a character that is encoded by itself."""
+    alone, together = sp_model.encode(ALONE), sp_model.encode(ALONE + text)
+    if together[: len(alone)] != alone:
+        raise ValueError(
+            f"the tokenizer merges {ALONE!r} with what follows it; is this the tokenizer of MiniCPM-V 2.0?"
+        )
+    return together[len(alone) :]
 
 
 def _shift(labels: np.ndarray) -> np.ndarray:

@@ -23,7 +23,7 @@ from .image_slicing import normalise, upright_rgb
 from .language import LMHead, language_model, rotary_tables
 from .packing import Packing
 from .resampler import Resampler
-from .streaming import AnswerStream, answer_text
+from .streaming import AnswerStream, answer_text, stop_ids
 from .vision import StripVisionTransformer, TimmVisionTower, patch_grid, to_patches
 
 # The original chat's, with `sampling` and without.
@@ -377,7 +377,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         settings = self.chat_settings(tokenizer, sampling, max_new_tokens=max_new_tokens, **kwargs)
         if stream:
             return self.stream_answer(inputs, tokenizer, **settings)
-        return answer_text(self.generate(inputs, **settings)[0], tokenizer)
+        return answer_text(self.generate(inputs, **settings)[0], tokenizer, stop_ids(settings))
 
     def chat_inputs(
         self,
@@ -445,7 +445,9 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             settings: generation arguments. Beams, which cannot be streamed, are not used.
         """
         settings = {**settings, "num_beams": 1}
-        return AnswerStream(lambda **own: self.generate(inputs, **settings, **own), tokenizer, stopping_criteria)
+        return AnswerStream(
+            lambda **own: self.generate(inputs, **settings, **own), tokenizer, stopping_criteria, stop_ids(settings)
+        )
 
     @property
     def model(self) -> nn.Module:
