@@ -23,6 +23,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
 from finetune.checkpoints import checkpoint_steps, fault, newest_complete, newest_everywhere
+from finetune.checks import loader_processes
 from finetune.errors import ProcessError, UserError, is_main_of_node
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
@@ -150,8 +151,12 @@ class TrainingArguments(transformers.TrainingArguments):
             "--train_sampling_strategy group_by_length."
         },
     )
-    dataloader_num_workers: int = field(
-        default=4, metadata={"help": "Processes per GPU that load and slice pictures. 0: the training process itself."}
+    dataloader_num_workers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Processes per GPU that load and slice pictures. 0: the training process itself. None: 4, or as "
+            "many as there are cores for each."
+        },
     )
     per_device_train_batch_size: int = field(default=1, metadata={"help": "Samples per step and GPU."})
     per_device_eval_batch_size: int = field(default=1, metadata={"help": "Samples per evaluation step and GPU."})
@@ -215,6 +220,12 @@ class TrainingArguments(transformers.TrainingArguments):
             os.environ["TENSORBOARD_LOGGING_DIR"] = self.logging_dir
         if self.warmup_ratio is not None and not self.warmup_steps:
             self.warmup_steps = self.warmup_ratio  # transformers 5: below 1, a part of all steps
+        if self.dataloader_num_workers is None:
+            self.dataloader_num_workers = loader_processes()
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = (
+                False  # what is trained takes part in every step; looking for it costs time
+            )
         if not torch.accelerator.is_available():
             self.use_cpu = True  # unsaid, accelerate would not connect the processes of a CPU run with each other
         if self.accelerator_config is None and self.dataloader_pin_memory and not self.use_cpu:
@@ -248,15 +259,19 @@ class TrainingArguments(transformers.TrainingArguments):
         return config
 
     def _resolve_checkpointing(self) -> None:
-        """One switch of transformers (whose newest name is `activation_checkpointing`) becomes two."""
-        newest = getattr(self, "activation_checkpointing", None)
-        whole = bool(self.gradient_checkpointing if newest is None else newest)
+        """One switch of transformers becomes two; what is said by its old name goes by `activation_checkpointing` where
+        the installed transformers (5.23) has that, and warns of the old one."""
+        prefix = "activation" if hasattr(self, "activation_checkpointing") else "gradient"
+        for name in ("checkpointing", "checkpointing_kwargs"):
+            old, new = f"gradient_{name}", f"{prefix}_{name}"
+            if getattr(self, new) is None:
+                setattr(self, new, getattr(self, old))
+            if old != new:
+                setattr(self, old, None)
+        whole = bool(getattr(self, f"{prefix}_checkpointing"))
         self.vision_checkpointing = whole if self.vision_checkpointing is None else self.vision_checkpointing
         self.llm_checkpointing = whole if self.llm_checkpointing is None else self.llm_checkpointing
-        either = self.vision_checkpointing or self.llm_checkpointing
-        if either != whole:
-            has_newest = hasattr(self, "activation_checkpointing")
-            setattr(self, "activation_checkpointing" if has_newest else "gradient_checkpointing", either)
+        setattr(self, f"{prefix}_checkpointing", self.vision_checkpointing or self.llm_checkpointing)
 
     @property
     def compute_dtype(self) -> torch.dtype:

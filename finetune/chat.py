@@ -20,7 +20,6 @@ import re
 import shlex
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -653,10 +652,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
-    # The penalty counts the tokens of the answer alone, as in the original; transformers says so with every answer.
-    warnings.filterwarnings("ignore", "Passing `repetition_penalty` with `inputs_embeds`")
-    # Flags that PEFT still uses are renamed in transformers 5 and work until 6.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     arguments = build_parser().parse_args(argv)
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if hasattr(stream, "reconfigure"):  # bytes that are no text are seen; a terminal without a character shows ?

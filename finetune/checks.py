@@ -123,6 +123,11 @@ def usable_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def loader_processes(most: int = 4) -> int:
+    """How many processes load pictures for this process, where nobody says it: no more than its share of the cores."""
+    return min(most, usable_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
 def scan(count: int, look: Callable[[range], object], title: str, workers: int | None = None) -> list:
     """`look(range of samples)` over all samples, in order, with a progress bar.
 

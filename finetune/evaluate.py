@@ -20,7 +20,6 @@ import os
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ from finetune.arguments import (
     load_found,
     uses_gpu,
 )
-from finetune.checks import Problem, report_problems, usable_cpus
+from finetune.checks import Problem, loader_processes, report_problems
 from finetune.data_files import Samples, load_samples
 from finetune.dataset import SampleError, SupervisedDataset
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes, processes, rank
@@ -241,9 +240,8 @@ def _answer(
     title = f"answering ({Path(task.found.path).name})"
     transformers.set_seed(arguments.seed + rank())
     records = {}
-    said = generate_answers(
-        model, task.dataset, asked, batches, loader_processes(arguments.num_workers), **generation_settings(arguments)
-    )
+    workers = loader_processes() if arguments.num_workers is None else arguments.num_workers
+    said = generate_answers(model, task.dataset, asked, batches, workers, **generation_settings(arguments))
     bar = tqdm(total=sum(map(len, batches)), desc=title, unit=" answers", disable=not is_main())
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file, bar:
         try:
@@ -288,12 +286,6 @@ def load_model(task: Task, arguments: argparse.Namespace) -> torch.nn.Module:
         if remark:
             logger.warning(remark)
     return load_found(task.found, name, arguments.device, processes(), arguments.cache_dir)[0]
-
-
-def loader_processes(asked: int | None) -> int:
-    """How many load pictures for this process; `asked`: what `--num_workers` says."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(4, usable_cpus() // here) if asked is None else asked
 
 
 def generation_settings(arguments: argparse.Namespace) -> dict:
@@ -664,8 +656,6 @@ def main() -> None:
     die_with_launcher()
     parser = build_parser()
     arguments = parser.parse_args()
-    # Flags that PEFT still uses are renamed in transformers 5 and work until 6.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         with _signals_stop():
             run(arguments, parser)

@@ -13,7 +13,6 @@ import logging
 import os
 import signal
 import sys
-import warnings
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -445,8 +444,6 @@ def _stop_on(problems: list, title: str) -> None:
 def _set_up_logging(args: TrainingArguments) -> None:
     level = logging.INFO if args.process_index == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S")
-    # Flags that the original's scripts use are renamed in transformers 5 and work until 6.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ SETTINGS="
   --model_max_length 2048 --num_train_epochs 1
   --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1
   --learning_rate 5e-6 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine
-  --gradient_checkpointing true --dataloader_num_workers 4
+  --gradient_checkpointing true
   --logging_steps 10 --logging_first_step true --report_to tensorboard
   --save_strategy steps --save_steps $SAVE_STEPS --save_total_limit 3
 "

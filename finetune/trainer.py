@@ -13,6 +13,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heapreplace
@@ -28,7 +29,7 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
@@ -90,18 +91,26 @@ class CPMTrainer(Trainer):
         settings: what `training_settings.json` shall say, beside every saved model.
         group_elements: with ZeRO-1 and 2, most elements of a parameter group; None: groups as Trainer makes them. A
             checkpoint can be resumed only with what it was saved with.
+        processing_class: the tokenizer, saved with every model. Trainer does not get it, or it would write its special
+            tokens into the model's settings (for 2.5 the pad token "!", where the model has none).
         args, kwargs: as for Trainer.
     """
 
     def __init__(
         self,
         *args,
+        processing_class: PreTrainedTokenizerBase | None = None,
         continued_adapter: str | os.PathLike | None = None,
         group_elements: int | None = GROUP_ELEMENTS,
         settings: Mapping | None = None,
         **kwargs,
     ):
+        config = getattr(kwargs.get("model", args[0] if args else None), "config", None)
+        use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, **kwargs)
+        if use_cache is not None:
+            config.use_cache = use_cache  # Trainer turns it off for good, though training says use_cache=False itself
+        self.tokenizer = processing_class
         self.settings = settings
         self._aside: Path | None = None  # where a checkpoint is being written
         self._best_loaded = False  # at the end of the run
@@ -347,6 +356,8 @@ class CPMTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         edited = (folder / CARD).read_text(encoding="utf-8") if is_edited(folder / CARD) else None
         super()._save(output_dir, state_dict)
+        if self.tokenizer is not None and self.args.should_save:
+            self.tokenizer.save_pretrained(folder)
         if isinstance(self.model, PeftModel) and self.args.should_save:
             extra = read_extra_tensors(self.continued_adapter) if self.continued_adapter else {}
             extra.update(extra_trained_tensors(self.model, state_dict))
@@ -428,7 +439,10 @@ class CPMTrainer(Trainer):
             name_deepspeeds_step(output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with warnings.catch_warnings():
+            # config.json has this field of the hub, for other programs; Trainer reads it as a plain PreTrainedConfig.
+            warnings.filterwarnings("ignore", "`rope_scaling` is deprecated", FutureWarning)
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
         load_extra_tensors(self.model if model is None else model, resume_from_checkpoint)
 
     def _finalize_training(self, *args, **kwargs):

@@ -8,6 +8,7 @@ import re
 import runpy
 import subprocess
 import sys
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from finetune.arguments import (
     load_config,
     parse_arguments,
 )
+from finetune.checks import usable_cpus
 from finetune.errors import UserError
 from finetune.finetune import _trainable_problems as trainable_problems
 from finetune.finetune import load_model, prepare_trainable, train
@@ -379,6 +381,37 @@ def test_what_would_be_moved_away_is_not_started_from(given, tmp_path):
             _, problems = given(*flags, checkpoint, "--overwrite_output_dir", overwrite)
             assert any("would move away" in problem for problem in problems) == (overwrite == "true")
     assert given("--overwrite_output_dir", "true")[1] == []
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+@pytest.mark.parametrize("said", ["true", "false"])
+def test_either_name_of_checkpointing_is_heard_without_a_warning(given, name, said):
+    """The old one, which the launchers and the original's scripts use, is deprecated in transformers from 5.23 on."""
+    if not hasattr(arguments_module.TrainingArguments, name):
+        pytest.skip("transformers before 5.23")
+    own = '{"use_reentrant": true}'
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (_, _, training, _), problems = given(f"--{name}", said, f"--{name}_kwargs", own)
+        (_, _, one, _), _ = given("--vision_checkpointing", said)
+    assert problems == []
+    for whole in ("gradient_checkpointing", "activation_checkpointing"):
+        assert getattr(training, whole, said == "true") == getattr(one, whole, said == "true") == (said == "true")
+        assert getattr(training, f"{whole}_kwargs", json.loads(own)) == json.loads(own)
+    assert (training.vision_checkpointing, training.llm_checkpointing) == (said == "true",) * 2
+    assert (one.vision_checkpointing, one.llm_checkpointing) == (said == "true", False)
+
+
+def test_defaults_that_follow_from_the_machine(given, monkeypatch):
+    """No more loader processes than cores, and no search for parameters that take no part."""
+    (_, _, training, _), _ = given()
+    assert training.ddp_find_unused_parameters is False and training.dataloader_num_workers == min(4, usable_cpus())
+    for cores, processes, wanted in ((16, 1, 4), (3, 1, 3), (16, 8, 2), (2, 8, 0)):
+        monkeypatch.setattr("finetune.checks.usable_cpus", lambda cores=cores: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        assert given()[0][2].dataloader_num_workers == wanted
+        assert given("--dataloader_num_workers", 3)[0][2].dataloader_num_workers == 3
+    assert given("--ddp_find_unused_parameters", "true")[0][2].ddp_find_unused_parameters is True
 
 
 def test_precision_is_found(given, monkeypatch):

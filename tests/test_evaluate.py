@@ -186,6 +186,22 @@ def test_answers_that_are_cut_off(loaded, llm_type, monkeypatch):
     assert [found[place].cut for place in (0, 1)] == [True, False]
 
 
+def test_a_repetition_penalty_counts_the_answer_alone(loaded, llm_type, recwarn):
+    """In a batch as alone: transformers (5.24) would leave out as many tokens as a prompt has padding in front."""
+    model, dataset = loaded(llm_type)
+    questions, _ = find_questions(dataset)
+    said = {}
+    for batches in ([[place] for place in range(len(questions))], [list(range(len(questions)))]):
+        settings = {"max_new_tokens": NEW_TOKENS, "repetition_penalty": 0.1}  # repeats what it can
+        answers = generate_answers(model, dataset, questions, batches, **settings)
+        said[len(batches)] = {place: answer for of_batch in answers for place, answer in of_batch.items()}
+    assert len({question.tokens for question in questions}) > 1
+    assert said[1] == said[len(questions)]
+    plain = generate_answers(model, dataset, questions, batches, max_new_tokens=NEW_TOKENS)
+    assert next(plain) != said[1]
+    assert not [warning for warning in recwarn if "repetition_penalty" in str(warning.message)]
+
+
 def test_generation_leaves_no_trace(loaded, llm_type):
     """Mode, random states and the caller's gradients are as they were."""
     model, dataset = loaded(llm_type)

@@ -225,6 +225,15 @@ def reloaded_eval_loss(folder: Path, data_file: Path, tmp_path: Path, batch: int
     return trainer.evaluate()["eval_loss"]
 
 
+@pytest.mark.parametrize("name", ["full-llama3-1-plain", "full-minicpm-2-zero2"])
+def test_no_setting_of_the_model_changes(name, run, tiny):
+    """Neither by the tokenizer's special tokens ("!", the pad token of 2.5) nor by what training needs."""
+    for file in ("config.json", "generation_config.json"):
+        before, after = (json.loads((folder / file).read_text()) for folder in (tiny[RUNS[name][0]], run(name)))
+        assert after == before
+        assert after["use_cache"] and after.get("pad_token_id") is None
+
+
 @pytest.mark.parametrize("name", named(*RUNS))
 def test_saved_logits_equal_those_of_the_running_model(name, run, data_file, tmp_path):
     """The evaluation loss after the last step, computed by the running model, is that of the reloaded one."""

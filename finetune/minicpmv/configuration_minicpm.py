@@ -32,7 +32,7 @@ class MiniCPMVConfig(PreTrainedConfig):
     """
 
     model_type = "minicpmv"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # its name before transformers 5.24, and since
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ from itertools import accumulate
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, LogitsProcessorList, PreTrainedModel, RepetitionPenaltyLogitsProcessor
 from transformers import initialization as init
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -44,7 +44,7 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     _no_split_modules = ["LlamaDecoderLayer", "GraniteDecoderLayer", "Idefics2EncoderLayer", "Block", "Resampler"]
 
     def __init__(self, config: MiniCPMVConfig):
@@ -70,6 +70,12 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
                     init.normal_(parameter, std=0.02)
         else:
             super()._init_weights(module)
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        """Whether any layer recomputes its activations. PEFT (0.21) asks by this name, which warns in transformers from
+        5.23 on, where it is `is_activation_checkpointing`. Remove once PEFT asks by that one."""
+        return any(getattr(module, "gradient_checkpointing", False) for module in self.modules())
 
     def get_input_embeddings(self) -> nn.Module:
         return self.llm.get_input_embeddings()
@@ -271,13 +277,9 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
                 logits = logits / self.logits_scaling
             if targets is not None:
                 loss, logits = F.cross_entropy(logits.float(), targets, reduction="sum"), None
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        # the cache among them, under the name that this version of transformers has for it
+        others = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return CausalLMOutputWithPast(loss=loss, logits=logits, **others)
 
     def _can_pack(self, data: Mapping, kwargs: Mapping) -> bool:
         """Whether the language model can run without padding: nothing but logits is asked for, and its attention
@@ -337,7 +339,19 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
         if mask is None:
             mask = torch.ones_like(data["input_ids"])
         inputs_embeds, _ = self.get_vllm_embedding(data)
+        kwargs = self._with_penalty(kwargs)
         return self.llm.generate(inputs_embeds=inputs_embeds, attention_mask=mask.long(), **kwargs)
+
+    def _with_penalty(self, kwargs: dict) -> dict:
+        """Generation arguments with the repetition penalty as a processor of its own. It counts the tokens of the
+        answer alone, as in the original. transformers (5.24) does that too, but warns of it with every answer, and
+        leaves out as many tokens of an answer as its prompt has padding in front."""
+        settings = kwargs.get("generation_config") or self.generation_config
+        penalty = kwargs.get("repetition_penalty") or settings.repetition_penalty
+        if penalty in (None, 1.0):
+            return kwargs
+        processors = [*(kwargs.get("logits_processor") or ()), RepetitionPenaltyLogitsProcessor(float(penalty))]
+        return {**kwargs, "repetition_penalty": 1.0, "logits_processor": LogitsProcessorList(processors)}
 
     def chat(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -175,6 +176,8 @@ def _sentencepiece_tokenizer(sentences: list[str], folder: Path) -> MiniCPMVToke
 def main() -> None:
     """Command line of this module."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    # DeepSpeed, which accelerate imports whenever a model is saved, would look for a GPU, and warn that there is none.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     parser = argparse.ArgumentParser(description="Write a tiny random checkpoint.")
     parser.add_argument("--model", choices=MODELS, required=True, help="which of the two models")
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
