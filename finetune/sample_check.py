@@ -27,17 +27,17 @@ SPELLING = (
 )
 ROLES = {"user": "user", "assistant": "assistant", "system": "system"}
 OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "ai": "assistant"}
-# Samples without 'conversations': by fields that tell, whose format it is.
-FORMATS = {
-    ("messages",): "OpenAI, LLaMA-Factory and ms-swift",
-    ("conversation",): "XTuner and InternVL",
-    ("instruction",): "Alpaca",
-    ("query", "response"): "ms-swift",
-    ("question", "answer"): "question and answer pairs",
-    ("prompt", "completion"): "prompts with their completions",
-    ("prompt", "response"): "prompts with their responses",
-    ("input", "output"): "XTuner",
-}
+# Samples without 'conversations': the fields that tell whose format it is, all of which must be there, and the others.
+FORMATS = (
+    (("messages",), (), "OpenAI, LLaMA-Factory and ms-swift"),
+    (("conversation",), (), "XTuner and InternVL"),
+    (("instruction",), ("input", "output"), "Alpaca"),
+    (("query", "response"), ("history",), "ms-swift"),
+    (("question", "answer"), (), "question and answer pairs"),
+    (("prompt", "completion"), (), "prompts with their completions"),
+    (("prompt", "response"), (), "prompts with their responses"),
+    (("input", "output"), (), "XTuner"),
+)
 TURN_FORMATS = {("from", "value"): "LLaVA and ShareGPT", ("input", "output"): "XTuner"}
 
 _PICTURES = "what pictures it names belong into 'image' of the sample"
@@ -47,10 +47,11 @@ _VIDEO = "the models see no videos; name frames of it as pictures in 'image', or
 _AUDIO = "the models hear nothing; write it as text, or leave it out"
 _TURNS = "its turns belong into 'conversations'"
 _SYSTEM = "its text belongs into 'system'"
-# Fields, in small letters, that carry content and are not read, in a sample or in a turn: what to do.
+# Fields, in small letters, that carry content and are not read, neither in samples nor in turns: what to do.
 REFUSED = {
     **dict.fromkeys(("images", "image_path", "image_paths", "image_file", "image_files", "img", "imgs"), _PICTURES),
     **dict.fromkeys(("picture", "pictures", "photo", "photos", "image_url", "image_urls"), _PICTURES),
+    **dict.fromkeys(("image_base64", "image_bytes", "image_data", "media"), _PICTURES),
     **dict.fromkeys(("video", "videos", "video_path", "video_paths", "video_url", "video_urls"), _VIDEO),
     **dict.fromkeys(("audio", "audios", "audio_path", "audio_paths", "audio_url", "audio_urls"), _AUDIO),
     **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call", "function_call", "function_calls"), _TOOLS),
@@ -102,7 +103,7 @@ def check_sample(sample, llm_type: str) -> Mapping:
     check_roles(turns, llm_type)
     if turns[-1]["role"] != "assistant":
         raise ValueError("the last turn is the user's; there is no answer to learn at its end")
-    _refuse("", sample, SAMPLE_FIELDS, {**REFUSED, **REFUSED_IN_SAMPLES})
+    _refuse("", sample, SAMPLE_FIELDS, REFUSED_IN_SAMPLES)
     system = _system_text(sample, turns, llm_type)
     _check_pictures(sample.get("image"), turns)
     if system is None and not any("loss" in turn or "train" in turn for turn in turns):
@@ -118,12 +119,11 @@ def check_sample(sample, llm_type: str) -> Mapping:
 
 def remarks_of(sample) -> dict[str, list[str]]:
     """What is no fault of a sample and yet worth a word: by kind (see `REMARKS`), the names of what it is about."""
-    if not isinstance(sample, Mapping):
-        return {}
-    turns = sample.get("conversations")
-    turns = [turn for turn in turns if isinstance(turn, Mapping)] if isinstance(turns, list) else []
-    of_turns = dict.fromkeys(name for turn in turns for name in _unread(turn, TURN_FIELDS))
-    found = {UNREAD: _unread(sample, SAMPLE_FIELDS), UNREAD_IN_TURNS: list(of_turns)}
+    turns = sample.get("conversations") if isinstance(sample, Mapping) else None
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) and "content" in turn for turn in turns):
+        return {}  # which is a fault
+    in_turns = {name for turn in turns for name in _unread(turn, TURN_FIELDS, REFUSED_IN_TURNS)}
+    found = {UNREAD: _unread(sample, SAMPLE_FIELDS, REFUSED_IN_SAMPLES), UNREAD_IN_TURNS: sorted(in_turns)}
     found = {kind: names for kind, names in found.items() if names}
     return {**found, NO_ID: []} if is_nan(sample.get("id")) else found
 
@@ -155,16 +155,27 @@ def carries_content(value) -> bool:
     return False
 
 
-def _unread(fields: Mapping, known: tuple[str, ...]) -> list[str]:
-    return [str(name) for name, value in fields.items() if name not in known and carries_content(value)]
+def _unread(fields: Mapping, read: tuple[str, ...], refused: Mapping[str, str]) -> list[str]:
+    """Fields that carry something, and are neither read nor refused."""
+    return [
+        str(name)
+        for name, value in fields.items()
+        if name not in read and not _advice(name, read, refused) and carries_content(value)
+    ]
+
+
+def _advice(name, read: tuple[str, ...], refused: Mapping[str, str]) -> str | None:
+    """What to do about a field that is not read, if it is one that is known."""
+    plain = name.strip().lower() if isinstance(name, str) else ""
+    return f"write it as {plain!r}" if plain in read and plain != "id" else REFUSED.get(plain) or refused.get(plain)
 
 
 def _without_conversations(sample: Mapping) -> str:
     found = sample.get("conversations")
     if not carries_content(found):
-        for names, owner in FORMATS.items():
+        for names, others, owner in FORMATS:
             if all(name in sample for name in names):
-                fields = " and ".join(map(repr, names))
+                fields = ", ".join(repr(name) for name in (*names, *others) if name in sample)
                 return f"has {fields}, the format of {owner}, which is not read; {SPELLING}"
     if is_nan(found):
         return f"field 'conversations' {NAN}; {SPELLING}"
@@ -187,7 +198,7 @@ def _check_turn(number: int, turn) -> int | None:
             "front of them with 2.5"
         )
     _check_text(where, content, PLACEHOLDER_WORDS if role == "user" else PICTURE_WORDS)
-    _refuse(f"{where}: ", turn, TURN_FIELDS, {**REFUSED, **REFUSED_IN_TURNS})
+    _refuse(f"{where}: ", turn, TURN_FIELDS, REFUSED_IN_TURNS)
     weight = _weight(where, turn)
     if role == "assistant" and weight != 0 and is_blank(content):
         what = "empty" if not content else "blank"
@@ -227,11 +238,7 @@ def _refuse(where: str, fields: Mapping, read: tuple[str, ...], refused: Mapping
         ValueError: naming a field that carries content and is not read, if it is one that is known.
     """
     for name, value in fields.items():
-        if name in read or not isinstance(name, str):
-            continue
-        plain = name.strip().lower()
-        advice = f"write it as {plain!r}" if plain in read and plain != "id" else refused.get(plain)
-        if advice and carries_content(value):
+        if name not in read and (advice := _advice(name, read, refused)) and carries_content(value):
             raise ValueError(f"{where}field {shown(name)} is not read; {advice}")
 
 

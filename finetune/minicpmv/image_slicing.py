@@ -113,7 +113,6 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     """The picture as a person sees it, in RGB: turned as its EXIF data says, transparency on white, the brightness
     range of 16-bit and floating-point pictures brought to 8 bits; of animations the first frame."""
     image.load()  # with which Pillow turns a TIFF itself
-    # Not by ImageOps.exif_transpose, which writes the EXIF data anew and fails where another field in it is broken.
     turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
     if turn is not None:
         image = image.transpose(turn)
