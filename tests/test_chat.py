@@ -500,7 +500,7 @@ def test_json(llm_type, loaded, tiny, place, capsys, monkeypatch):
         assert word in answer["error"] and "\n" not in answer["error"]
 
 
-def test_embedded_pictures_and_long_values(loaded, llm_type, tiny, place, capsys, told, monkeypatch):
+def test_embedded_pictures_and_long_values(llm_type, tiny, place, capsys, told, monkeypatch):
     """A data URI is a picture, and nobody is shown all of its base64, nor of any other long value."""
     call = ("--model", tiny[llm_type], "--max_new_tokens", 5, "--seed", 3)
     picture = str(place / "red.png")
