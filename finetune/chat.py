@@ -393,8 +393,8 @@ def _completion(line: str, number: int) -> str | None:
 
 
 def answer_json_lines(asker: Asker, record: Callable[..., dict]) -> int:
-    """Answer every line of stdin by itself: a JSON object with `question`, `image` (a path, a list, or an object from
-    mark to path) and `id`, or a question as it is.
+    """Answer every line of stdin by itself: a JSON object with `question`, `image` (a path or `data:` URI, a list
+    of them, or an object from mark to one) and `id`, or a question as it is.
 
     Args:
         record: makes the JSON object of an answer.

@@ -423,7 +423,7 @@ LONG = "x" * 5000
         sample(image={f"<{LONG}>": "a.png"}),
         sample(image={f"<image_{LONG}>": "data:,x"}),
         sample(system=[LONG]),
-        sample("see <image_0" + "0" * 5000 + ">", "a"),
+        sample("see <image_0" + "0" * 500 + ">", "a"),
         sample("q", "see <image_0" + "0" * 5000 + ">"),
         {"conversations": [{"role": LONG, "content": "q"}]},
         {"conversations": [*turns("q"), {"role": "assistant", "content": "a", "weight": LONG}]},
