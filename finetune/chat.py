@@ -33,12 +33,12 @@ from PIL import Image
 from transformers.hf_argparser import string_to_bool
 
 from finetune.arguments import DTYPES, FoundModel, at_home, choose_dtype, find_model, load_found, uses_gpu
-from finetune.errors import UserError
+from finetune.errors import UserError, shown, shown_path
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.conversation import IMAGE_MARK, place_pictures
 from finetune.minicpmv.modeling_minicpmv import BEAM_SEARCH, SAMPLING
 from finetune.minicpmv.streaming import answer_text, stop_ids
-from finetune.pictures import load_image, map_pictures, picture_paths
+from finetune.pictures import is_data_uri, load_image, map_pictures, picture_paths
 
 logger = logging.getLogger("finetune.chat")
 
@@ -310,7 +310,7 @@ def _obey(conversation: Conversation, command: str, rest: str) -> None:
         pictures = [(path, open_picture(path)) for path in named_files(rest)]
         for path, picture in pictures:
             conversation.waiting.append(picture)
-            logger.info("%s (%d x %d) goes with the next message", path, *picture.size)
+            logger.info("%s (%d x %d) goes with the next message", shown_path(path), *picture.size)
     elif command == "/reset":
         conversation.reset()
         logger.info("the conversation is forgotten")
@@ -392,8 +392,8 @@ def _completion(line: str, number: int) -> str | None:
 
 
 def answer_json_lines(asker: Asker, record: Callable[..., dict]) -> int:
-    """Answer every line of stdin by itself: a JSON object with `question`, `image` (a path, a list, or an object from
-    mark to path) and `id`, or a question as it is.
+    """Answer every line of stdin by itself: a JSON object with `question`, `image` (a path or `data:` URI, a list
+    of them, or an object from mark to one) and `id`, or a question as it is.
 
     Args:
         record: makes the JSON object of an answer.
@@ -427,11 +427,11 @@ def _parse_line(line: str) -> dict:
         return {"question": line}
     given = json.loads(line)
     if strange := sorted(set(given) - set(JSON_KEYS)):
-        raise ValueError(f"unknown: {', '.join(strange)}; expected {', '.join(JSON_KEYS)}")
+        raise ValueError(f"unknown: {shown(', '.join(strange), quotes=False)}; expected {', '.join(JSON_KEYS)}")
     if not isinstance(given.get("question"), str) or not given["question"].strip():
-        raise ValueError(f"question is {given.get('question')!r}, expected text")
+        raise ValueError(f"question is {shown(given.get('question'))}, expected text")
     if not all(isinstance(path, str) for path in picture_paths(given.get("image"))):
-        raise ValueError(f"image is {given['image']!r}, expected a path, a list of paths or an object of them")
+        raise ValueError(f"image is {shown(given['image'])}, expected a path, a list of paths or an object of them")
     return given
 
 
@@ -620,7 +620,7 @@ def run(arguments: argparse.Namespace) -> int:
     def record(question: str, images: Sequence[str], answer: Answer) -> dict:
         return {
             "question": question,
-            "images": list(images),
+            "images": ["embedded" if is_data_uri(image) else image for image in images],
             "answer": answer.text,
             "model": arguments.model,
             "kind": found.kind,

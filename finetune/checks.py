@@ -11,8 +11,9 @@ import logging
 import os
 import socket
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -24,13 +25,15 @@ from tqdm import tqdm
 
 from finetune.data_files import Samples
 from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError, over_processes, rank
+from finetune.errors import UserError, is_main_of_node, over_processes, rank, shown
 from finetune.pictures import forget_sizes, picture_paths
+from finetune.sample_check import REMARKS
 
 logger = logging.getLogger("finetune")
 
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
 MAX_PROBLEMS_SHOWN = 20
+MAX_NAMES_SHOWN = 5
 BLOCK = 2**20
 CHUNK = 512  # samples that a worker takes at a time
 
@@ -47,7 +50,62 @@ class Problem(NamedTuple):
     cause: str
 
     def __str__(self) -> str:
-        return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {self.id!r:.100}): {self.cause}"
+        return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {shown(self.id)}): {self.cause}"
+
+
+@dataclass
+class Remarked:
+    """What one kind of remark was found in."""
+
+    samples: int
+    """how many"""
+    first: str
+    """name of the first of them"""
+    names: Counter
+    """samples by what the remark is about, such as a field"""
+
+
+class Remarks(dict[str, Remarked]):
+    """What is no fault of the samples and yet worth a word, by kind (`sample_check.REMARKS`)."""
+
+    def see(self, dataset: SupervisedDataset, index: int) -> None:
+        """Add what the data set remarks of a sample."""
+        for kind, names in dataset.remarks(index).items():
+            first = "" if kind in self else dataset.name(index)
+            self._add(kind, Remarked(1, first, Counter(set(names))))
+
+    @classmethod
+    def of(cls, parts: Iterable[Remarks]) -> Remarks:
+        """What was found in several parts of the data, in their order."""
+        together = cls()
+        for part in parts:
+            for kind, found in part.items():
+                together._add(kind, found)
+        return together
+
+    def _add(self, kind: str, found: Remarked) -> None:
+        known = self.setdefault(kind, Remarked(0, found.first, Counter()))
+        known.samples += found.samples
+        known.names.update(found.names)
+
+
+def report_remarks(remarks: Remarks) -> list[str]:
+    """One line for each kind: how many samples, what it is about, and the first of them."""
+    lines = []
+    for kind, found in remarks.items():
+        names = [f"{shown(name)} ({count:,})" for name, count in found.names.most_common(MAX_NAMES_SHOWN)]
+        more = len(found.names) - len(names)
+        names += [f"and {more:,} more"] if more > 0 else []
+        about = f": {', '.join(names)}" if names else ""
+        lines.append(f"{found.samples:,} sample(s) {REMARKS[kind]}{about}; the first is {found.first}")
+    return lines
+
+
+def warn_of_remarks(datasets: Iterable[SupervisedDataset]) -> None:
+    """One warning on each machine of what `find_problems` and `find_questions` have gathered."""
+    lines = report_remarks(Remarks.of(dataset.gathered for dataset in datasets))
+    if lines and is_main_of_node():
+        logger.warning("%s", "\n".join(lines))
 
 
 def check_same_data(samples: Mapping[str, Samples]) -> None:
@@ -90,7 +148,8 @@ def _content(path: Path) -> tuple[int, str]:
 
 
 def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int | None = None) -> list[Problem]:
-    """All samples that training could not use, in order. What the others bring is then known as `dataset.loads`.
+    """All samples that training could not use, in order. What the others bring is then known as `dataset.loads`, and
+    what there is to remark as `dataset.gathered`.
 
     Seen from the text and the headers of the pictures: missing and misplaced fields, roles, marks, pictures that do
     not exist, are no pictures or end too early, answers that `max_length` would cut off whole.
@@ -100,7 +159,8 @@ def find_problems(dataset: SupervisedDataset, decode: bool = False, workers: int
         workers: processes; None: this process's share of the cores.
     """
     found = scan(len(dataset), partial(_problems_of, dataset, decode), "checking samples", workers)
-    problems = {problem.index: problem for of_nodes in found for of_node, _ in of_nodes for problem in of_node}
+    problems = {problem.index: problem for of_nodes in found for of_node, *_ in of_nodes for problem in of_node}
+    dataset.gathered = Remarks.of(of_nodes[0][2] for of_nodes in found)
     dataset.loads = np.concatenate([of_nodes[0][1] for of_nodes in found]) if found else np.zeros((0, 2), np.int32)
     return [problems[index] for index in sorted(problems)]
 
@@ -178,16 +238,17 @@ class _Ranges(Dataset):
         return self.numbers[n], self.look(self.ranges[self.numbers[n]])
 
 
-def _problems_of(dataset: SupervisedDataset, decode: bool, indices: range) -> tuple[list[Problem], np.ndarray]:
-    problems, loads = [], np.zeros((len(indices), 2), np.int32)
+def _problems_of(dataset: SupervisedDataset, decode: bool, indices: range) -> tuple[list[Problem], np.ndarray, Remarks]:
+    problems, loads, remarks = [], np.zeros((len(indices), 2), np.int32), Remarks()
     for number, index in enumerate(indices):
+        remarks.see(dataset, index)
         try:
             loads[number] = dataset.check(index)
             if decode:
                 decode_pictures(dataset, index)
         except ValueError as error:
             problems.append(Problem(index, *dataset.place(index), str(error)))
-    return problems, loads
+    return problems, loads, remarks
 
 
 def decode_pictures(dataset: SupervisedDataset, index: int) -> None:

@@ -27,6 +27,9 @@ from typing import Any
 
 import numpy as np
 
+from finetune.errors import SHOWN, shown
+from finetune.file_kinds import HEAD, kind_of
+
 logger = logging.getLogger(__name__)
 
 LINES = (".jsonl", ".ndjson")
@@ -35,7 +38,9 @@ SUFFIXES = (".json", *LINES, *TABLES)
 CHUNK = 4 << 20  # bytes read at once while a file is opened; the scan needs up to 40 times as much memory
 OPEN_FILES = 64  # per process; a folder may hold more files than a process may have open
 SHOWN_SAMPLE = 2000  # characters of a sample in a warning
-SHOWN_TEXT = 120  # characters around what is malformed
+# By one of these a sample in any format is known, even one that is not read, whose error says more.
+SAMPLES_BEGIN = ("conversations", "messages", "conversation", "instruction", "query", "question", "prompt", "input")
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
 BLANKS = " \t\r\n"
 TEXT_AFTER = "text after the list's end"
@@ -107,8 +112,14 @@ def load_samples(paths: str | os.PathLike | Sequence[str | os.PathLike]) -> Samp
     Python and not JSON, are read with a warning.
 
     Raises:
-        ValueError: naming the file and the cause: missing, empty, no samples, malformed (line and column).
+        ValueError: naming the file and the cause: missing, empty, no samples, malformed (line and column), of another
+            kind; on a system that cannot read them as they are read here.
     """
+    if not hasattr(os, "pread"):
+        raise ValueError(
+            "this system has no os.pread, with which data files are read: use Linux or macOS, or on Windows the "
+            "Windows Subsystem for Linux (WSL)"
+        )
     named = [paths] if isinstance(paths, str | os.PathLike) else paths
     found: dict[Path, str] = {}
     for path in (file for name in named for file in _expand(os.fspath(name))):
@@ -140,6 +151,9 @@ def _expand(path: str) -> Iterator[str]:
     else:
         files = [entry for entry in entries if entry.suffix.lower() in SUFFIXES and not entry.is_dir()]
         files = [entry for entry in files if not entry.name.startswith(".")]
+        packed = [entry for entry in entries if entry.suffix.lower() in PACKED and Path(entry.stem).suffix in SUFFIXES]
+        if packed:
+            raise ValueError(f"{packed[0]}: is packed, and so is not read with its folder; unpack it, or take it away")
         if not files:
             raise ValueError(f"{path}: is a folder without a {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
         for entry in files:
@@ -158,6 +172,15 @@ def _readable(path: str) -> Iterator[None]:
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
+
+
+def _check_kind(path: str, head: bytes) -> None:
+    """
+    Raises:
+        ValueError: when a file that begins with these bytes is known to be of another kind.
+    """
+    if kind := kind_of(head):
+        raise ValueError(f"{path}: is not JSON, Parquet or Arrow: it is {kind[0]}; {kind[1]}")
 
 
 def _changed(path: str) -> ValueError:
@@ -191,10 +214,13 @@ class _Json:
         self.bounds = np.zeros(1, np.int64)  # sample n: from bounds[n] to bounds[n + 1], less the comma
         self.comma = 0
         self.warned = False
-        mark = self.read(0, 3)
-        if mark[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-            raise ValueError(f"{path}: is not UTF-8 text (UTF-16 byte order mark at byte 0); save it as UTF-8")
-        self.begin = 3 * (mark == codecs.BOM_UTF8)
+        head = self.read(0, HEAD)
+        if wide := _wide_encoding(head):
+            raise ValueError(f"{path}: is not UTF-8 text ({wide} at byte 0); save it as UTF-8")
+        if head and not head.strip(b"\0"):
+            raise ValueError(f"{path}: begins with zero bytes: it was not written to its end; copy it anew")
+        _check_kind(path, head)
+        self.begin = 3 * head.startswith(codecs.BOM_UTF8)
         self._place = (self.begin, 1, 1)
 
     def __len__(self) -> int:
@@ -266,13 +292,13 @@ class _Json:
         at = start + len(error.doc[: error.pos].encode())
         message = "Expecting ',' delimiter" if self.comma and error.msg == "Extra data" else error.msg
         line, column = self.place(at)
-        reach = 2 * SHOWN_TEXT  # a character has up to 4 bytes
+        reach = 2 * SHOWN  # a character has up to 4 bytes
         before = self.read(max(at - reach, self.begin), min(reach, at - self.begin)).decode(errors="ignore")
         after = self.read(at, reach).decode(errors="ignore")
-        shown = before.rpartition("\n")[2][-SHOWN_TEXT // 2 :] + after.partition("\n")[0][: SHOWN_TEXT // 2]
+        there = before.rpartition("\n")[2][-SHOWN // 2 :] + after.partition("\n")[0][: SHOWN // 2]
         return ValueError(
             f"{self.path}: not valid JSON at line {line}, column {column}: {message}; "
-            f"the text there is {shown.strip()!r}. {HINT}"
+            f"the text there is {there.strip()!r}. {HINT}"
         )
 
     def warn(self, start: int, text: str, found: dict[str, int], sample: Any = None) -> None:
@@ -282,8 +308,23 @@ class _Json:
         self.warned = True
         lines = {what: self.place(start + len(text[:at].encode()))[0] for what, at in found.items()}
         what = ", ".join(f"{what} (line {line})" for what, line in lines.items())
-        shown = "" if sample is None else f" In JSON:\n{_spelling(sample)}"
-        logger.warning("%s: not JSON but Python, which is read too: %s. %s.%s", self.path, what, HINT, shown)
+        spelled = "" if sample is None else f" In JSON:\n{_spelling(sample)}"
+        logger.warning("%s: not JSON but Python, which is read too: %s. %s.%s", self.path, what, HINT, spelled)
+
+
+def _wide_encoding(head: bytes) -> str | None:
+    """Which of UTF-32 and UTF-16 a file is in, and how that is seen. Without a byte order mark: by the zero bytes
+    beside its first character, which is ASCII in JSON."""
+    if head.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "UTF-32 byte order mark"
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "UTF-16 byte order mark"
+    zeros = [byte == 0 for byte in head[:4]]
+    if zeros in ([True, True, True, False], [False, True, True, True]):
+        return "UTF-32 without a byte order mark"
+    if zeros[:2] in ([True, False], [False, True]):
+        return "UTF-16 without a byte order mark"
+    return None
 
 
 class _Listed(list):
@@ -317,7 +358,7 @@ def _open_json(path: str) -> _Json | _Listed:
             if opening != b"{":
                 raise
             sample = None
-        if not (isinstance(sample, dict) and "conversations" in sample):
+        if not (isinstance(sample, dict) and any(field in sample for field in SAMPLES_BEGIN)):
             kind = {b"{": "object", b'"': "string"}.get(opening, "value")
             raise ValueError(
                 f"{path}: holds a JSON {kind}, expected a list of samples, or one sample a line (JSON Lines)"
@@ -475,10 +516,19 @@ def _python_string(literal: str) -> str:
 
 def _spelling(sample: Any) -> str:
     try:
-        text = json.dumps(sample, indent=2, ensure_ascii=False)
+        text = json.dumps(_brief(sample), indent=2, ensure_ascii=False)
     except RecursionError:
         text = json.dumps(sample, ensure_ascii=False)
     return text if len(text) <= SHOWN_SAMPLE else f"{text[:SHOWN_SAMPLE]} ..."
+
+
+def _brief(value: Any) -> Any:
+    """The same, with what is no sentence, such as a picture in base64, shortened."""
+    if isinstance(value, dict):
+        return {_brief(name): _brief(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_brief(inner) for inner in value]
+    return shown(value, quotes=False) if isinstance(value, str) and not re.search(r"\s", value) else value
 
 
 class _Table:
@@ -502,7 +552,7 @@ class _Table:
         try:
             return _without_none(self._dataset[index])
         except Exception as error:  # of a damaged file: of many kinds
-            raise ValueError(f"{self.path}: row {index} cannot be read: {error}") from error
+            raise ValueError(f"{self.path}: row {index} cannot be read: {_one_line_of(error)}") from error
 
     def __getstate__(self) -> dict:
         return {**vars(self), "_dataset": None}
@@ -515,6 +565,7 @@ class _Table:
     def _open(self) -> Any:
         if self._identity() != self.identity:
             raise _changed(self.path)
+        self._check_file()
         try:
             import datasets
         except ImportError as error:
@@ -527,7 +578,8 @@ class _Table:
         try:
             dataset = self._load(datasets)
         except Exception as error:  # of a damaged file: of many kinds
-            raise ValueError(f"{self.path}: cannot be read, it may be damaged or empty: {error}") from error
+            cause = _one_line_of(error)
+            raise ValueError(f"{self.path}: cannot be read, it may be damaged or empty: {cause}") from error
         finally:
             datasets.logging.set_verbosity(level)
             if not bars:
@@ -535,6 +587,13 @@ class _Table:
         features = {name: _undecoded(feature) for name, feature in dataset.features.items()}
         dataset.info.features = datasets.Features(features)
         return dataset
+
+    def _check_file(self) -> None:
+        if self.absolute.is_file():
+            with _readable(self.path), self.absolute.open("rb") as file:
+                head = file.read(HEAD)
+            if not head.startswith((b"PAR1", b"ARROW1")):
+                _check_kind(self.path, head)
 
     def _load(self, datasets: Any) -> Any:
         path = str(self.absolute)
@@ -549,6 +608,11 @@ class _Table:
         import pyarrow as pa
 
         return datasets.Dataset(datasets.table.InMemoryTable(pa.ipc.open_file(pa.memory_map(path)).read_all()))
+
+
+def _one_line_of(error: Exception) -> str:
+    """Other libraries print what they found in a file, in any length."""
+    return " ".join(str(error).split())[:300]
 
 
 def _undecoded(feature: Any) -> Any:

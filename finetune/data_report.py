@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from finetune.errors import shown
 from finetune.minicpmv.conversation import IGNORE_INDEX, MINICPM_ROLES
 from finetune.page import data_uri, panel, shown_text, tiles, write_page
 
@@ -531,7 +532,7 @@ def _problems(problems: Sequence[dict]) -> str:
         return ""
     rows = []
     for problem in problems[:MAX_PROBLEMS]:
-        cells = [problem["file"] or "–", problem["index"], f"{problem['id']!r:.100}", problem["cause"]]
+        cells = [problem["file"] or "–", problem["index"], shown(problem["id"]), problem["cause"]]
         rows.append(f"<tr>{''.join(f'<td>{shown_text(cell)}</td>' for cell in cells)}</tr>")
     more = len(problems) - MAX_PROBLEMS
     return panel(

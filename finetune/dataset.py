@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,29 +29,23 @@ if not __package__:  # `import dataset` from inside finetune/, as the original's
 
 from finetune.data_files import Samples
 from finetune.data_files import load_samples as load_samples
+from finetune.errors import shown
 from finetune.minicpmv.configuration_minicpm import MiniCPMVConfig
 from finetune.minicpmv.conversation import (
     IGNORE_INDEX,
-    IMAGE_MARK,
-    NUMBERED_MARK,
     Turn,
-    check_roles,
     encode,
     encode_text,
-    place_pictures,
     text_turns,
 )
 from finetune.minicpmv.image_slicing import MEAN, STD, placeholder, plan_slices, raw_pixels, slicing_of
-from finetune.pictures import is_picture, load_image, map_pictures, picture_paths, picture_size
+from finetune.pictures import load_image, map_pictures, picture_size
+from finetune.sample_check import check_sample, is_nan, remarks_of
 
 logger = logging.getLogger(__name__)
 
 MAX_TRUNCATION_WARNINGS = 5  # per process
 BYTES_PER_TOKEN = 4  # of English, where an estimate is enough
-PLACEHOLDER_WORDS = re.compile("</image>|<slice>|</slice>|<unk>")  # they stand for pictures only, in any turn
-PICTURE_WORDS = re.compile(f"{PLACEHOLDER_WORDS.pattern}|{IMAGE_MARK}|{NUMBERED_MARK.pattern}")  # outside user turns
-OTHER_NAMES = ("images", "image_path", "image_paths", "image_file", "img", "Image", "picture", "pictures")
-MARK_NAME = re.compile(r"<image(_\w+)?>")
 
 
 class SampleError(ValueError):
@@ -90,7 +83,9 @@ class SupervisedDataset(Dataset):
 
     Args:
         raw_data: samples `{"id", "image", "conversations": [{"role", "content"}]}`; `image` is a path, a list of
-            paths, a mapping from mark to path, or absent. `"weight": 0` in an assistant turn masks that answer.
+            paths, a mapping from mark to path, or absent; a `data:` URI may stand for any path. `"weight": 0` in an
+            assistant turn (or `"loss": false`, `"train": false`) masks that answer. A text in `system` (2.5) is a
+            system turn in front.
         transform: PIL picture -> normalised float tensor (3, H, W), see `build_transform`; None: pixels stay uint8
             (3, H, W), which `MiniCPMV` normalises on its device to the same values.
         tokenizer: the checkpoint's tokenizer.
@@ -141,6 +136,7 @@ class SupervisedDataset(Dataset):
         self.image_folder_only = image_folder_only
         self.max_positions = max_positions
         self.lengths: list[int] | None = None  # in tokens, where batches are to be grouped by length
+        self.gathered: object = None  # what `remarks` said of all samples: see `checks.Remarks`
         self.loads: np.ndarray | None = None  # (samples, 2), where processes are to get as much work: see `check`
 
     @classmethod
@@ -220,19 +216,29 @@ class SupervisedDataset(Dataset):
         return item
 
     def sample(self, index: int) -> Mapping:
-        """The sample as it stands in the data, checked in all that needs no look at its pictures.
+        """The sample, checked in all that needs no look at its pictures, and in the form that all else reads: with
+        its system text as a turn in front, and `weight` where an answer is not learned.
 
         Raises:
             ValueError: saying what is wrong with it.
         """
-        sample = self.raw_data[index]
-        check_sample(sample, self.llm_type)
-        return sample
+        return check_sample(self.raw_data[index], self.llm_type)
+
+    def remarks(self, index: int) -> dict[str, list[str]]:
+        """What is no fault of a sample and yet worth a word, see `sample_check.remarks_of`."""
+        try:
+            return remarks_of(self.raw_data[index])
+        except ValueError:  # not even readable, which is a fault
+            return {}
+
+    def turn_in_data(self, index: int, turn: int) -> int:
+        """Number of a turn of `sample(index)` in the data, where a field may stand for the system turn."""
+        return turn - len(self.sample(index)["conversations"]) + len(self.raw_data[index]["conversations"])
 
     def name(self, index: int, sample: Mapping | None = None) -> str:
         """File, place in it and id of a sample, for messages; `sample` saves reading it again."""
         path, number, identity = self.place(index, sample)
-        return f"{path + ': ' if path else ''}sample {number} (id {identity!r:.100})"
+        return f"{path + ': ' if path else ''}sample {number} (id {shown(identity)})"
 
     def place(self, index: int, sample: Mapping | None = None) -> tuple[str | None, int, object]:
         """(file, or None; index in it; id) of a sample."""
@@ -241,6 +247,7 @@ class SupervisedDataset(Dataset):
         except ValueError:  # not even readable
             sample = None
         identity = sample.get("id") if isinstance(sample, Mapping) else None
+        identity = None if is_nan(identity) else identity
         path, number = self.raw_data.location(index) if isinstance(self.raw_data, Samples) else (None, index)
         return path, number, identity
 
@@ -321,53 +328,6 @@ class SupervisedDataset(Dataset):
 def slice_count(grid: tuple[int, int] | None) -> int:
     """Slices of a picture, the overview counted."""
     return 1 + (grid[0] * grid[1] if grid else 0)
-
-
-def check_sample(sample, llm_type: str) -> None:
-    """What is wrong with a sample, as far as it can be seen without a look at its pictures or a tokenizer.
-
-    Raises:
-        ValueError: saying which field or turn.
-    """
-    if not isinstance(sample, Mapping):
-        raise ValueError(f"is a {type(sample).__name__}, expected an object with 'conversations'")
-    turns = sample.get("conversations")
-    if not isinstance(turns, list):
-        raise ValueError(f"field 'conversations' is {'missing' if turns is None else 'not a list'}")
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"turn {number} is a {type(turn).__name__}, expected {{'role', 'content'}}")
-        for field in ("role", "content"):
-            if not isinstance(turn.get(field), str):
-                raise ValueError(f"turn {number}: field {field!r} is {'missing' if field not in turn else 'no text'}")
-        role, content = turn["role"], turn["content"]
-        if word := (PLACEHOLDER_WORDS if role == "user" else PICTURE_WORDS).search(content):
-            raise ValueError(f"turn {number} ({role}) contains {word[0]!r}, which stands for pictures only")
-        if not content.isascii():
-            try:
-                content.encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"turn {number} ({role}) is no valid text: {error.reason}") from error
-        weight = turn.get("weight")
-        if weight is not None and (role != "assistant" or weight not in (0, 1)):
-            raise ValueError(
-                f"turn {number} ({role}) has weight {weight!r}; expected 0 (do not learn this answer) or 1, in an "
-                "assistant turn"
-            )
-    check_roles(turns, llm_type)
-    if turns[-1]["role"] != "assistant":
-        raise ValueError("the last turn is the user's; there is no answer to learn at its end")
-    image = sample.get("image")
-    if image is None and (others := [name for name in OTHER_NAMES if sample.get(name)]):
-        raise ValueError(f"field {others[0]!r} is not read; what pictures it names belong into 'image'")
-    if not all(map(is_picture, picture_paths(image))):
-        raise ValueError("field 'image' is neither a path, nor a list of paths, nor an object from mark to path")
-    if "" in picture_paths(image):
-        raise ValueError("field 'image' has an empty path; leave the field out where there is no picture")
-    pictures = map_pictures(image, lambda picture: picture)
-    if isinstance(pictures, dict) and (names := [name for name in pictures if not MARK_NAME.fullmatch(name)]):
-        raise ValueError(f"field 'image' names {names[0]!r}; expected marks like '<image_00>'")
-    place_pictures(turns, pictures)
 
 
 def _lost_answer(tokens: int, picture_tokens: int, max_length: int, max_positions: int | None = None) -> str:

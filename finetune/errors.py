@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import os
+import reprlib
 
 import torch
+
+SHOWN = 120  # most characters of a value of the user's data in a message
+_REPR = reprlib.Repr()
+_REPR.maxstring = _REPR.maxother = _REPR.maxlong = SHOWN
+_REPR.maxdict = _REPR.maxlist = _REPR.maxtuple = _REPR.maxset = 20
 
 
 class UserError(ValueError):
@@ -37,3 +43,35 @@ def processes() -> int:
 def is_main_of_node() -> bool:
     """Whether this process is the first of its machine, which is the one that prints."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def shown(value: object, quotes: bool = True) -> str:
+    """A value of the user's data as a message shows it: on one line, and what is longer than 120 characters with `...`
+    for its middle, however much of it there is.
+
+    Args:
+        quotes: a text stands in quotes, as in Python.
+    """
+    if not isinstance(value, str):
+        return _shortened(_REPR.repr(value))
+    value = _shortened(value)
+    if quotes:
+        return _shortened(repr(value))
+    return value if value.isprintable() else _shortened(repr(value)[1:-1])
+
+
+def shown_path(path: str) -> str:
+    """A path as a message shows it: whole as far as it is there, and of what is missing at most 120 characters."""
+    if os.path.exists(path):
+        return path
+    end = 0
+    while (next_end := path.find(os.sep, end + 1)) > 0 and os.path.exists(path[:next_end]):
+        end = next_end
+    return path[:end] + shown(path[end:], quotes=False)
+
+
+def _shortened(text: str) -> str:
+    if len(text) <= SHOWN:
+        return text
+    rest = SHOWN - len(" ... ")
+    return f"{text[: rest - rest // 2]} ... {text[-(rest // 2) :]}"

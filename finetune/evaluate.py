@@ -45,7 +45,7 @@ from finetune.arguments import (
     load_found,
     uses_gpu,
 )
-from finetune.checks import Problem, loader_processes, report_problems
+from finetune.checks import Problem, loader_processes, report_problems, warn_of_remarks
 from finetune.data_files import Samples, load_samples
 from finetune.dataset import SampleError, SupervisedDataset
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes, processes, rank
@@ -58,7 +58,7 @@ from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
 from finetune.minicpmv import LLM_TYPES
 from finetune.minicpmv.conversation import text_turns
 from finetune.minicpmv.modeling_minicpmv import SAMPLING
-from finetune.pictures import map_pictures, resolve
+from finetune.pictures import map_pictures, record_of
 from finetune.reporting import versions
 
 logger = logging.getLogger("finetune")
@@ -306,13 +306,8 @@ def make_record(dataset: SupervisedDataset, question: Question, answer: Answer) 
         "file": file,
         "sample": number,
         "id": identity,
-        "turn": question.turn,
-        "image": [
-            str(resolve(picture, dataset.folder(question.index)))
-            if isinstance(picture, str)
-            else picture.get("path") or "embedded"
-            for picture in pictures_of(dataset, question)
-        ],
+        "turn": dataset.turn_in_data(question.index, question.turn),
+        "image": [record_of(picture, dataset.folder(question.index)) for picture in pictures_of(dataset, question)],
         "question": answered.question,
         "answer": answer.text,
         "reference": answered.reference,
@@ -561,8 +556,9 @@ def prepare(
     long = {question.index: question for question in questions if question.tokens > allowed}
     for index, question in long.items():
         limit = f"--max_inp_length {allowed}" if allowed < room else f"the {allowed} that --max_new_tokens leaves"
+        turn = dataset.turn_in_data(index, question.turn)
         cause = (
-            f"turn {question.turn} has a prompt of {question.tokens} tokens, more than {limit}; lower --max_slice_nums"
+            f"turn {turn} has a prompt of {question.tokens} tokens, more than {limit}; lower --max_slice_nums"
             f"{', or raise --max_inp_length' if allowed < room else ''}"
         )
         problems.append(Problem(index, *dataset.place(index), cause))
@@ -614,6 +610,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             sys.stderr.write("".join(f"evaluate.py: {line}\n" for found in wrong for line in found.splitlines()))
         over_processes(None)  # torchrun stops all when the first one has ended
         parser.exit(2)
+    warn_of_remarks([tasks[0].dataset])
     _settle_problems(arguments, tasks)
     if earlier is not None:
         earlier = matched(tasks[0], earlier, arguments.compare)

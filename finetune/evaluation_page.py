@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from PIL import Image
 
+from finetune.errors import shown
 from finetune.metrics import METRICS
 from finetune.page import data_uri, shown_text, tiles, write_page
 
@@ -146,19 +147,19 @@ def _card(number: int, record: Mapping, rank: int, count: int, pictures: Sequenc
     if record["cut"]:
         badges.append('<span class="badge alarm">cut off</span>')
     place = f"{record['file']}: " if record["file"] else ""
-    name = f"{place}sample {record['sample']} (id {record['id']!r:.100}), turn {record['turn']}"
+    name = f"{place}sample {record['sample']} (id {shown(record['id'])}), turn {record['turn']}"
     rows = "".join(
         f'<dt>{title}</dt><dd class="{kind}">{shown_text(text) or "<i>nothing</i>"}</dd>'
         for title, text, kind in [("question", record["question"], ""), *answers]
     )
     facts = "".join(f"<span>{NAMES[metric]} <b>{record[metric]:.2f}</b></span>" for metric in METRICS)
-    shown = "".join(map(_thumbnail, pictures[:MAX_PICTURES]))
+    thumbnails = "".join(map(_thumbnail, pictures[:MAX_PICTURES]))
     if len(pictures) > MAX_PICTURES:
-        shown += f"<p>and {len(pictures) - MAX_PICTURES} more pictures</p>"
+        thumbnails += f"<p>and {len(pictures) - MAX_PICTURES} more pictures</p>"
     return (
         f'<section class="card {" ".join(kinds)}" id="answer{number}" style="--low:{rank};--high:{count - rank}">'
         f'<h3>{shown_text(name)} {" ".join(badges)}</h3><p class="facts">{facts}</p>'
-        f'<div class="sides"><div class="shown">{shown}</div><dl>{rows}</dl></div></section>'
+        f'<div class="sides"><div class="shown">{thumbnails}</div><dl>{rows}</dl></div></section>'
     )
 
 

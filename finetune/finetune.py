@@ -44,6 +44,7 @@ from finetune.checks import (
     leave_out_bad_samples,
     report_problems,
     token_lengths,
+    warn_of_remarks,
 )
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
@@ -413,12 +414,13 @@ def _load_data(
         )
         for split in paths
     }
-    left_out = {}
+    left_out, problems = {}, []
     if data_args.bad_samples == "skip":
         left_out = leave_out_bad_samples(datasets, args.output_dir, data_args.max_bad_fraction, resuming)
     else:
         problems = [problem for dataset in datasets.values() for problem in find_problems(dataset)]
-        _stop_on(problems, "These samples cannot be used (--bad_samples skip would leave them out):")
+    warn_of_remarks(datasets.values())
+    _stop_on(problems, "These samples cannot be used (--bad_samples skip would leave them out):")
     if args.train_sampling_strategy == "group_by_length":
         datasets["train"].lengths = token_lengths(datasets["train"])
     batch, found = args.train_batch_size * args.world_size, len(datasets["train"])

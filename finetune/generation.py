@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from finetune.checks import Problem, decode_pictures, scan
+from finetune.checks import Problem, Remarks, decode_pictures, scan
 from finetune.dataset import SupervisedDataset
 from finetune.errors import UserError, over_processes, processes, rank
 from finetune.guards import let_workers_live
@@ -68,7 +68,8 @@ class Answered(NamedTuple):
 def find_questions(
     dataset: SupervisedDataset, indices: Sequence[int] | None = None, decode: bool = False, workers: int | None = None
 ) -> tuple[list[Question], list[Problem]]:
-    """All questions in the order of the data, and the samples that cannot be used; the same in every process.
+    """All questions in the order of the data, and the samples that cannot be used; the same in every process. What
+    there is to remark is then known as `dataset.gathered`.
 
     Args:
         indices: samples to look at; None: all.
@@ -78,16 +79,18 @@ def find_questions(
     indices = range(len(dataset)) if indices is None else indices
     found = scan(len(indices), partial(_look, dataset, indices, decode), "looking at the samples", workers)
     questions = [question for of_nodes in found for question in of_nodes[0][0]]
-    problems = {problem.index: problem for of_nodes in found for _, bad in of_nodes for problem in bad}
+    problems = {problem.index: problem for of_nodes in found for _, bad, _ in of_nodes for problem in bad}
+    dataset.gathered = Remarks.of(of_nodes[0][2] for of_nodes in found)
     questions = [question for question in questions if question.index not in problems]
     return questions, [problems[index] for index in sorted(problems)]
 
 
 def _look(
     dataset: SupervisedDataset, indices: Sequence[int], decode: bool, places: range
-) -> tuple[list[Question], list[Problem]]:
-    questions, problems = [], []
+) -> tuple[list[Question], list[Problem], Remarks]:
+    questions, problems, remarks = [], [], Remarks()
     for index in (int(indices[place]) for place in places):
+        remarks.see(dataset, index)
         try:
             asked = dataset.prompts(index)
             if not asked:
@@ -97,7 +100,7 @@ def _look(
             questions += [Question(index, *prompt) for prompt in asked]
         except ValueError as error:
             problems.append(Problem(index, *dataset.place(index), str(error)))
-    return questions, problems
+    return questions, problems, remarks
 
 
 def deal(questions: Sequence[Question], batch_size: int, rank: int = 0, processes: int = 1) -> list[list[int]]:

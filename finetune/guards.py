@@ -28,7 +28,8 @@ from finetune.errors import ProcessError, UserError, is_main_of_node, over_proce
 
 logger = logging.getLogger("finetune")
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+# Windows has no SIGHUP.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 RESUME_WITH = ("DS_ACCELERATOR", "CUDA_VISIBLE_DEVICES", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 MAX_NAMES_SHOWN = 20
 SIGNAL_DELAY = 1.0  # seconds in which word of a process that died arrives
@@ -186,7 +187,7 @@ class Guard(TrainerCallback):
 
     def _receive(self, number: int, _frame) -> None:
         first, self._received = not self._received, number
-        if number == signal.SIGHUP:  # the terminal is gone, and writing to it is an error
+        if signal.Signals(number).name == "SIGHUP":  # the terminal is gone, and writing to it is an error
             _leave_terminal()
         if first and is_main_of_node():
             name = signal.Signals(number).name

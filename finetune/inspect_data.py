@@ -26,10 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from finetune.arguments import add_image_folder, at_home, load_config
-from finetune.checks import Problem, decode_pictures, report_problems, scan
+from finetune.checks import Problem, Remarks, decode_pictures, report_problems, report_remarks, scan
 from finetune.data_files import load_samples
 from finetune.data_report import Card, write_report
 from finetune.dataset import Measure, SampleError, SupervisedDataset, truncate
+from finetune.errors import shown
 from finetune.loading import load_tokenizer
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
 
@@ -39,15 +40,16 @@ FIRST, ODD = 6, 3  # cards in the report: of the first samples, and of each kind
 
 
 class Inspection:
-    """What a look at every sample found: `problems`; and `measures` of the samples `indices`, which are all whose
-    text and pictures can be read, be they too long or not."""
+    """What a look at every sample found: `problems`, `remarks`, and `measures` of the samples `indices`, which are all
+    whose text and pictures can be read, be they too long or not."""
 
     def __init__(self, dataset: SupervisedDataset, workers: int | None = None):
         found = scan(len(dataset), partial(_look, dataset), "inspecting", workers)
         parts = list(chain.from_iterable(found))
         self.dataset = dataset
-        self.problems: list[Problem] = [problem for problems, _ in parts for problem in problems]
-        self.measures: dict[int, Measure] = {index: m for _, measures in parts for index, m in measures}
+        self.problems: list[Problem] = [problem for problems, *_ in parts for problem in problems]
+        self.remarks = Remarks.of(remarks for *_, remarks in parts)
+        self.measures: dict[int, Measure] = {index: m for _, measures, _ in parts for index, m in measures}
 
     def lengths(self) -> dict[str, np.ndarray]:
         """Tokens of every measured sample: `text`, `picture` and `total`."""
@@ -84,6 +86,10 @@ class Inspection:
             "recommended_model_max_length": recommended if longest else None,
             "longer_than_the_model_allows": int((total > config.max_position_embeddings).sum()),
             "problems": [{"file": p.file, "index": p.number, "id": p.id, "cause": p.cause} for p in self.problems],
+            "remarks": [
+                {"kind": kind, "samples": found.samples, "names": found.names, "first": found.first, "text": text}
+                for (kind, found), text in zip(self.remarks.items(), report_remarks(self.remarks), strict=True)
+            ],
         }
 
     def cards(self) -> list[Card]:
@@ -118,16 +124,17 @@ class Inspection:
         return cards
 
 
-def _look(dataset: SupervisedDataset, indices: range) -> tuple[list[Problem], list[tuple[int, Measure]]]:
-    problems, measures = [], []
+def _look(dataset: SupervisedDataset, indices: range) -> tuple[list[Problem], list[tuple[int, Measure]], Remarks]:
+    problems, measures, remarks = [], [], Remarks()
     for index in indices:
+        remarks.see(dataset, index)
         try:
             measures.append((index, dataset.measure(index)))
             decode_pictures(dataset, index)
             dataset.check_supervised(measures[-1][1])
         except ValueError as error:
             problems.append(Problem(index, *dataset.place(index), str(error)))
-    return problems, measures
+    return problems, measures, remarks
 
 
 def _spread(values: np.ndarray) -> dict[str, int] | None:
@@ -140,7 +147,7 @@ def _spread(values: np.ndarray) -> dict[str, int] | None:
 def as_text(summary: dict) -> str:
     """The summary for a reader."""
     problems = [
-        f"  {p['file'] + ': ' if p['file'] else ''}sample {p['index']} (id {p['id']!r:.100}): {p['cause']}"
+        f"  {p['file'] + ': ' if p['file'] else ''}sample {p['index']} (id {shown(p['id'])}): {p['cause']}"
         for p in summary["problems"]
     ]
     count = summary["samples"]
@@ -160,6 +167,8 @@ def as_text(summary: dict) -> str:
     lines.append(f"\nsamples with nothing supervised: {summary['nothing_supervised']:,}")
     if problems:
         lines += ["\nproblems:", report_problems(problems)]
+    if summary["remarks"]:
+        lines += ["\nremarks:", *(f"  {remark['text']}" for remark in summary["remarks"])]
     if summary["longer_than_the_model_allows"]:
         lines.append(
             f"\n{summary['longer_than_the_model_allows']:,} samples are longer than the model allows: shorten them, or "

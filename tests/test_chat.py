@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import os
@@ -570,6 +571,39 @@ def test_json(llm_type, loaded, tiny, place, capsys, monkeypatch):
     assert all("error" in answer and "answer" not in answer for answer in answers[3:])
     for answer, word in zip(answers[3:], ("gone.png", "images", "3", "question", "", "", "mark"), strict=True):
         assert word in answer["error"] and "\n" not in answer["error"]
+
+
+def test_embedded_pictures_and_long_values(llm_type, tiny, place, capsys, told, monkeypatch):
+    """A data URI is a picture, and nobody is shown all of its base64, nor of any other long value."""
+    call = ("--model", tiny[llm_type], "--max_new_tokens", 5, "--seed", 3)
+    picture = str(place / "red.png")
+    uri = f"data:image/png;base64,{base64.b64encode(Path(picture).read_bytes()).decode()}"
+    long = "x" * 5000
+    lines = (
+        json.dumps({"question": QUESTION, "image": picture}),
+        json.dumps({"question": QUESTION, "image": uri}),
+        json.dumps({"question": "<a>?", "image": {"<a>": uri}}),
+        json.dumps({"question": QUESTION, "image": f"data:image/png;base64,{long}"}),
+        json.dumps({"question": QUESTION, "image": "https://x.org/a.png"}),
+        json.dumps({"question": QUESTION, "image": [long, 3]}),
+        json.dumps({"question": QUESTION, long: 3}),
+        json.dumps({"question": [long]}),
+        json.dumps({"question": QUESTION, "image": long}),
+        '{"question": "Hello?", "image": NaN}',
+    )
+    status, out, _ = run(capsys, *call, "--json", stdin="\n".join(lines), monkeypatch=monkeypatch)
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert status == 1 and answers[1]["answer"] == answers[0]["answer"]
+    assert answers[0]["images"] == [picture] and answers[1]["images"] == answers[2]["images"] == ["embedded"]
+    assert "a run downloads nothing" in answers[4]["error"]
+    for answer in answers[3:]:
+        assert "answer" not in answer and len(answer["error"]) < 300 and "x" * 120 not in answer["error"]
+
+    status, out, _ = run(capsys, *call, "--json", "--image", uri, "--question", QUESTION)
+    assert status == 0 and json.loads(out)["images"] == ["embedded"]
+    run(capsys, *call, stdin=f"/image {uri}\n/image {picture}\n{QUESTION}", monkeypatch=monkeypatch)
+    assert any(line.startswith("data:image") and "goes with the next message" in line for line in told)
+    assert any(line.startswith(picture) for line in told) and all(uri[60:200] not in line for line in told)
 
 
 def test_a_mark_in_front_of_the_lines(tiny, capsys, monkeypatch):

@@ -235,7 +235,7 @@ def test_each_file_has_its_own_folder(tmp_path):
 
 
 def test_lengths_group_batches_without_decoding(tmp_path, monkeypatch):
-    words = [n * 7 % 60 for n in range(512)]
+    words = [1 + n * 7 % 60 for n in range(512)]
     samples = [
         {"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "w " * n}]} for n in words
     ]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
 import logging
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -396,6 +399,85 @@ def test_python_is_tried_only_where_it_helps(write, monkeypatch):
     monkeypatch.setattr(data_files, "PYTHON_MARK", None)
     with pytest.raises(ValueError, match="line 2, column 7: Unterminated string"):
         load_samples(write('[{"a": 1},\n{"b": "2'))
+
+
+PACKED = {
+    "gzip": gzip.compress(b'[{"conversations": []}]'),
+    "bzip2": bz2.compress(b"[1]"),
+    "xz": lzma.compress(b"[1]"),
+    "zstd": b"\x28\xb5\x2f\xfd\x04\x00\x19\x00\x00",
+    "a zip archive": b"PK\x03\x04\x14\x00",
+}
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.json.gz", "train.parquet"])
+@pytest.mark.parametrize("kind", PACKED)
+def test_packed_files_are_named(write, kind, name):
+    path = write(PACKED[kind], name)
+    with pytest.raises(
+        ValueError, match=f"{re.escape(path)}: is not JSON, Parquet or Arrow: it is .*{kind}; unpack it"
+    ):
+        load_samples(path)
+
+
+def test_packed_files_of_a_folder_are_not_left_out(write, tmp_path):
+    write("[1]", "a.json")
+    path = write(PACKED["gzip"], "b.json.gz")
+    with pytest.raises(
+        ValueError, match=f"{re.escape(path)}: is packed, and so is not read with its folder; unpack it"
+    ):
+        load_samples(tmp_path)
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n"
+
+
+@pytest.mark.parametrize("name", ["train.json", "train.jsonl", "train.parquet", "train.arrow"])
+def test_data_files_of_other_kinds(write, name):
+    for content, words in (
+        (LFS, "a git-lfs pointer.*git lfs pull"),
+        (b"<!DOCTYPE html><html><title>403", "an HTML page, probably what a failed download left"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?>\n<Error><Code>AccessDenied</Code></Error>", "XML, probably what a failed"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            load_samples(write(content, name))
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_under_the_name_of_json(write):
+    with pytest.raises(ValueError, match=r"it is a Parquet file; give it a name that ends in \.parquet"):
+        load_samples(write(b"PAR1\x15\x04PAR1"))
+
+
+@pytest.mark.parametrize("text", ['[{"id": "画"}]', "\n\n[1]", '{"id": 1}\n{"id": 2}'])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be", "utf-32"])
+def test_wide_encodings_are_named(write, text, encoding):
+    mark = "byte order mark" if encoding == "utf-32" else "without a byte order mark"
+    words = f"is not UTF-8 text ({encoding[:6].upper()} {mark} at byte 0); save it as UTF-8"
+    for name in ("a.json", "a.jsonl"):
+        with pytest.raises(ValueError, match=re.escape(words)):
+            load_samples(write(text.encode(encoding), name))
+
+
+def test_a_file_of_zero_bytes(write):
+    """As a file system leaves it that went down while it wrote."""
+    with pytest.raises(ValueError, match="begins with zero bytes: it was not written to its end"):
+        load_samples(write(bytes(5000)))
+
+
+def test_systems_that_cannot_read_data(write, monkeypatch):
+    path = write("[1]")
+    monkeypatch.delattr(os, "pread")
+    for paths in (path, [], "none.json"):  # before anything else is said
+        with pytest.raises(ValueError, match=r"no os\.pread.*Linux or macOS.*Windows.*WSL") as caught:
+            load_samples(paths)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_warning_shows_little_of_a_picture(write, caplog):
+    load_samples(write("[{'image': 'data:image/png;base64," + "A" * 1500 + "', 'text': 'it is'}]"))[0]
+    (record,) = caplog.records
+    assert '"text": "it is"' in record.getMessage() and "A" * 120 not in record.getMessage()
 
 
 def test_text_that_is_not_utf8(write):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import copy
 import itertools
 import json
@@ -369,6 +370,28 @@ def test_bad_samples(call, tmp_path, eval_file):
     metrics, records, _ = read(tmp_path / "out")
     assert status == 0 and "left out" in out
     assert [entry["id"] for entry in metrics["left_out"]] == ["picture", "turns", "sliced"] and len(records) == 1
+
+
+def test_embedded_pictures_system_texts_and_remarks(call, tmp_path, eval_file, caplog):
+    """Records say `embedded` and no base64, turns are those of the data, and unknown fields are told of once."""
+    one = json.loads(eval_file.read_text())[2]
+    one["image"] = [f"data:image/png;base64,{base64.b64encode(Path(one['image'][0]).read_bytes()).decode()}"] * 2
+    one["system"], one["source"], one["id"] = "Be brief.", "web", float("nan")
+    del one["conversations"][3]["weight"]
+    one["conversations"][3]["loss"] = False
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps([one]))
+    status, _, _ = call("--data_path", path)
+    assert status == 0
+    _, records, page = read(tmp_path / "out")
+    assert [(record["turn"], record["image"]) for record in records] == [(1, ["embedded"]), (5, ["embedded"] * 2)]
+    for record in records:
+        assert record["reference"] == one["conversations"][record["turn"]]["content"] and record["id"] is None
+    assert len([element for element in page.elements if element["tag"] == "img"]) == 3
+    (said,) = [record.getMessage() for record in caplog.records if "not read" in record.getMessage()]
+    assert said.startswith("1 sample(s) have fields that are not read: 'source' (1)") and said.count("\n") == 1
+    status, _, err = call("--data_path", path, "--max_inp_length", 30, output="other")
+    assert status == 1 and "turn 5 has a prompt" in err
 
 
 @pytest.mark.parametrize(

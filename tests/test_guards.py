@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import multiprocessing
 import os
 import signal
@@ -19,6 +20,7 @@ from conftest import GOLDEN, ROOT, golden_batch
 from torch.utils.data import get_worker_info
 from transformers import AutoModel, TrainerCallback
 
+from finetune import guards
 from finetune.arguments import TrainingArguments
 from finetune.checkpoints import newest_complete
 from finetune.dataset import data_collator
@@ -247,6 +249,16 @@ def test_a_signal_ends_training_after_the_step_with_a_checkpoint(tmp_path, numbe
     assert newest_complete(tmp_path) == str(tmp_path / "checkpoint-3")
     assert signal.getsignal(number) == before
     assert f"{number.name}: a checkpoint is saved" in capfd.readouterr().err
+
+
+def test_signals_are_those_of_the_system(monkeypatch):
+    """Windows has no SIGHUP."""
+    assert set(guards.SIGNALS) == {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+    monkeypatch.delattr(signal, "SIGHUP")
+    found = importlib.util.find_spec("finetune.guards")
+    other = importlib.util.module_from_spec(found)
+    found.loader.exec_module(other)
+    assert other.SIGNALS == (signal.SIGTERM, signal.SIGINT)
 
 
 def test_loader_processes_survive_the_signal_that_ends_training(tmp_path):

@@ -15,6 +15,7 @@ from transformers import AutoModel, AutoTokenizer
 from finetune.checks import token_lengths
 from finetune.dataset import SampleError, SupervisedDataset, truncate
 from finetune.minicpmv.conversation import control_words, encode, encode_text, text_turns
+from finetune.sample_check import is_blank
 
 # Small slices, so that pictures of a few hundred pixels are cut into many.
 SLICING = {"max_slice_nums": 9, "scale_resolution": 56, "patch_size": 14}
@@ -53,6 +54,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=30).filter(
 ) | st.sampled_from(
     ["", " ", "\n\n", "  two  ", "<AI>", "<用户> x", "</s><|eot_id|>", "Was ist das?", "图中有什么？", "😀" * 3]
 )
+ANSWER = TEXT.filter(lambda text: not is_blank(text))
 SIZE = st.tuples(st.integers(1, 300), st.integers(1, 300), st.sampled_from(sorted(COLOURS)))
 
 
@@ -61,7 +63,7 @@ def conversations(draw):
     """(turns, pictures, shape): shape says how a sample names its pictures."""
     turns = []
     for _ in range(draw(st.integers(1, 3))):
-        turns += [{"role": "user", "content": draw(TEXT)}, {"role": "assistant", "content": draw(TEXT)}]
+        turns += [{"role": "user", "content": draw(TEXT)}, {"role": "assistant", "content": draw(ANSWER)}]
     images = draw(st.lists(SIZE, max_size=3))
     shape = draw(st.sampled_from(["list", "named", "in front"]))
     for number in range(len(images)) if shape != "in front" else ():

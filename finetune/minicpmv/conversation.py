@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -202,11 +202,16 @@ def _in_order_of_marks(found: list[str], pictures: list, images: Sequence | Mapp
     numbers = [int(match[1]) for match in map(NUMBERED_MARK.fullmatch, found) if match]
     if not named and len(numbers) == len(found) and sorted(numbers) == list(range(len(pictures))):
         return [pictures[number] for number in numbers]
-    names = f" named {', '.join(sorted(images))}" if named else ""
+    names = f" named {_listed(images)}" if named else ""
     raise ValueError(
-        f"the user turns have {len(found)} picture mark(s) ({', '.join(sorted(set(found)))}) for {len(pictures)} "
+        f"the user turns have {len(found)} picture mark(s) ({_listed(found)}) for {len(pictures)} "
         f"picture(s){names}; expected one mark for each picture, or none"
     )
+
+
+def _listed(marks: Iterable[str]) -> str:
+    text = ", ".join(sorted(set(marks)))
+    return text if len(text) <= 120 else f"{text[:58]} ... {text[-57:]}"
 
 
 def text_turns(messages: Sequence[Mapping], images, describe: Callable, until: int | None = None) -> list[Turn]:

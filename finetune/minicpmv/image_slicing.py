@@ -11,9 +11,19 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 MEAN, STD = 0.5, 0.5  # per channel, on pixel values in 0..1
+# By EXIF orientation. Any other value, which may be a text too, turns nothing.
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def fit_size(size: tuple[int, int], scale_resolution: int, patch_size: int, allow_upscale: bool) -> tuple[int, int]:
@@ -102,12 +112,13 @@ def placeholder(grid: tuple[int, int] | None) -> str:
 def upright_rgb(image: Image.Image) -> Image.Image:
     """The picture as a person sees it, in RGB: turned as its EXIF data says, transparency on white, the brightness
     range of 16-bit and floating-point pictures brought to 8 bits; of animations the first frame."""
-    if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    image.load()  # with which Pillow turns a TIFF itself
+    turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
     if image.mode.startswith(("I", "F")):
         return _deep_gray(image).convert("RGB")
     if not image.has_transparency_data:
-        image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     image = image.convert("RGBA")
     rgb = Image.new("RGB", image.size, "white")
