@@ -227,7 +227,7 @@ class SupervisedDataset(Dataset):
     def remarks(self, index: int) -> dict[str, list[str]]:
         """What is no fault of a sample and yet worth a word, see `sample_check.remarks_of`."""
         try:
-            return remarks_of(self.raw_data[index])
+            return remarks_of(self.raw_data[index], self.tokenizer, self.llm_type)
         except ValueError:  # not even readable, which is a fault
             return {}
 

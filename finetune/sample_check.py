@@ -11,7 +11,14 @@ import unicodedata
 from collections.abc import Mapping
 
 from finetune.errors import shown
-from finetune.minicpmv.conversation import IMAGE_MARK, NUMBERED_MARK, check_roles, place_pictures
+from finetune.minicpmv.conversation import (
+    IMAGE_MARK,
+    NUMBERED_MARK,
+    PICTURE_TOKENS,
+    check_roles,
+    control_words,
+    place_pictures,
+)
 from finetune.pictures import is_picture, map_pictures, picture_paths
 
 PLACEHOLDER_WORDS = re.compile("</image>|<slice>|</slice>|<unk>")  # they stand for pictures only, in any turn
@@ -66,9 +73,11 @@ REFUSED_IN_TURNS = {"image": _PICTURES, "system": "write it as the conversation'
 
 # Kinds of `remarks_of`, and what they say of a number of samples.
 UNREAD, UNREAD_IN_TURNS, NO_ID = "unread_fields", "unread_fields_of_turns", "nan_ids"
+CONTROL = "control_tokens"
 REMARKS = {
     UNREAD: "have fields that are not read",
     UNREAD_IN_TURNS: "have turns with fields that are not read",
+    CONTROL: "have words in their texts that are control tokens of the model, and are read as the characters they are",
     NO_ID: "have NaN, as pandas writes a missing value, for their id; leave it out or write null",
 }
 
@@ -117,13 +126,19 @@ def check_sample(sample, llm_type: str) -> Mapping:
     return {**{name: value for name, value in sample.items() if name != "system"}, "conversations": read}
 
 
-def remarks_of(sample) -> dict[str, list[str]]:
+def remarks_of(sample, tokenizer, llm_type: str) -> dict[str, list[str]]:
     """What is no fault of a sample and yet worth a word: by kind (see `REMARKS`), the names of what it is about."""
     turns = sample.get("conversations") if isinstance(sample, Mapping) else None
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) and "content" in turn for turn in turns):
         return {}  # which is a fault
     in_turns = {name for turn in turns for name in _unread(turn, TURN_FIELDS, REFUSED_IN_TURNS)}
-    found = {UNREAD: _unread(sample, SAMPLE_FIELDS, REFUSED_IN_SAMPLES), UNREAD_IN_TURNS: sorted(in_turns)}
+    texts = [text for text in (sample.get("system"), *(turn["content"] for turn in turns)) if isinstance(text, str)]
+    control = set(control_words(texts, tokenizer, llm_type)) - set(PICTURE_TOKENS)  # marks of pictures, or refused
+    found = {
+        UNREAD: _unread(sample, SAMPLE_FIELDS, REFUSED_IN_SAMPLES),
+        UNREAD_IN_TURNS: sorted(in_turns),
+        CONTROL: sorted(control),
+    }
     found = {kind: names for kind, names in found.items() if names}
     return {**found, NO_ID: []} if is_nan(sample.get("id")) else found
 

@@ -194,7 +194,7 @@ def test_texts_without_control_tokens_have_the_ids_of_the_tokenizer(model, text)
     """Also where another text of the conversation has some, which takes a longer way."""
     tokenizer, kind = model.tokenizer, model.config.llm_type
     [turn] = text_turns([{"role": "user", "content": text}], [], None)
-    assume(not control_words([turn], tokenizer, kind))
+    assume(not control_words([text], tokenizer, kind))
     [other] = text_turns([{"role": "assistant", "content": f"a {CONTROL[3]} {CONTROL[13]} b"}], [], None)
     alone, _ = encode_text([turn], tokenizer, kind, 3)
     beside, _ = encode_text([turn, other], tokenizer, kind, 3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -252,11 +252,14 @@ def _any_of(words: Collection[str]) -> re.Pattern:
     return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if words else "((?!))")
 
 
-def control_words(turns: Sequence[Turn], tokenizer, llm_type: str) -> list[str]:
-    """The words in the texts of messages that would be control tokens, were they not encoded as plain text."""
+def control_words(texts: Iterable[str], tokenizer, llm_type: str) -> list[str]:
+    """The words in texts that would be control tokens, were they not encoded as characters."""
     control = vocabulary(tokenizer, llm_type).control
-    texts = (part for turn in turns for part in turn.parts if not isinstance(part, Placeholder))
     return [word for text in texts for word in control.findall(text)]
+
+
+def _texts(turns: Sequence[Turn]) -> Iterator[str]:
+    return (part for turn in turns for part in turn.parts if not isinstance(part, Placeholder))
 
 
 def encode_text(
@@ -287,7 +290,7 @@ def _encode_llama3(turns: Sequence[Turn], tokenizer, generation_prompt: bool) ->
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise ValueError(f"{type(tokenizer).__name__} is no tokenizer of MiniCPM-Llama3-V 2.5, which llama3 stands for")
-    plain = not control_words(turns, tokenizer, "llama3")
+    plain = not control_words(_texts(turns), tokenizer, "llama3")
     ids, asked = [tokenizer.bos_token_id], [False]
     for turn in turns:
         header = _llama3_header(backend, turn.role)
@@ -333,7 +336,7 @@ def _encode_minicpm(turns: Sequence[Turn], tokenizer, generation_prompt: bool) -
     parts = [part for turn in turns for part in (_Token(MINICPM_ROLES[turn.role]), *turn.parts)]
     if generation_prompt:
         parts.append(_Token(MINICPM_ROLES["assistant"]))
-    if control_words(turns, tokenizer, "minicpm"):
+    if control_words(_texts(turns), tokenizer, "minicpm"):
         ids = _minicpm_text_ids(parts, tokenizer)
     else:
         ids = tokenizer("".join(parts), add_special_tokens=False)["input_ids"]
