@@ -144,6 +144,7 @@ def remarks_of(sample, tokenizer, llm_type: str) -> dict[str, list[str]]:
 
 
 def is_nan(value) -> bool:
+    """Whether a value is NaN, which pandas writes for what is missing."""
     return isinstance(value, float) and value != value
 
 
