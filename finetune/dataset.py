@@ -136,6 +136,7 @@ class SupervisedDataset(Dataset):
         self.image_folder_only = image_folder_only
         self.max_positions = max_positions
         self.lengths: list[int] | None = None  # in tokens, where batches are to be grouped by length
+        self._last: tuple[int, Samples, object] | None = None  # see `_raw`
         self.gathered: object = None  # what `remarks` said of all samples: see `checks.Remarks`
         self.loads: np.ndarray | None = None  # (samples, 2), where processes are to get as much work: see `check`
 
@@ -222,14 +223,22 @@ class SupervisedDataset(Dataset):
         Raises:
             ValueError: saying what is wrong with it.
         """
-        return check_sample(self.raw_data[index], self.llm_type)
+        return check_sample(self._raw(index), self.llm_type)
 
     def remarks(self, index: int) -> dict[str, list[str]]:
         """What is no fault of a sample and yet worth a word, see `sample_check.remarks_of`."""
         try:
-            return remarks_of(self.raw_data[index], self.tokenizer, self.llm_type)
+            return remarks_of(self._raw(index), self.tokenizer, self.llm_type)
         except ValueError:  # not even readable, which is a fault
             return {}
+
+    def _raw(self, index: int):
+        """The sample as it stands in the data. Of files the last is kept: a look at all data asks for each twice."""
+        if not isinstance(self.raw_data, Samples):
+            return self.raw_data[index]
+        if self._last is None or self._last[0] != index or self._last[1] is not self.raw_data:
+            self._last = (index, self.raw_data, self.raw_data[index])
+        return self._last[2]
 
     def turn_in_data(self, index: int, turn: int) -> int:
         """Number of a turn of `sample(index)` in the data, where a field may stand for the system turn."""

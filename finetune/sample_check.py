@@ -25,8 +25,8 @@ PLACEHOLDER_WORDS = re.compile("</image>|<slice>|</slice>|<unk>")  # they stand 
 PICTURE_WORDS = re.compile(f"{PLACEHOLDER_WORDS.pattern}|{IMAGE_MARK}|{NUMBERED_MARK.pattern}")  # outside user turns
 MARK_NAME = re.compile(r"<image(_\w+)?>")
 
-SAMPLE_FIELDS = ("conversations", "image", "system", "id")
-TURN_FIELDS = ("role", "content", "weight", "loss", "train")
+SAMPLE_FIELDS = frozenset(("conversations", "image", "system", "id"))
+TURN_FIELDS = frozenset(("role", "content", "weight", "loss", "train"))
 LEARNED_BY = ("weight", "loss", "train")
 SPELLING = (
     "what is read is 'conversations', turns with 'role' ('user' or 'assistant') and 'content' (text), and pictures in "
@@ -171,8 +171,10 @@ def carries_content(value) -> bool:
     return False
 
 
-def _unread(fields: Mapping, read: tuple[str, ...], refused: Mapping[str, str]) -> list[str]:
+def _unread(fields: Mapping, read: frozenset[str], refused: Mapping[str, str]) -> list[str]:
     """Fields that carry something, and are neither read nor refused."""
+    if fields.keys() <= read:
+        return []
     return [
         str(name)
         for name, value in fields.items()
@@ -180,7 +182,7 @@ def _unread(fields: Mapping, read: tuple[str, ...], refused: Mapping[str, str]) 
     ]
 
 
-def _advice(name, read: tuple[str, ...], refused: Mapping[str, str]) -> str | None:
+def _advice(name, read: frozenset[str], refused: Mapping[str, str]) -> str | None:
     """What to do about a field that is not read, if it is one that is known."""
     plain = name.strip().lower() if isinstance(name, str) else ""
     return f"write it as {plain!r}" if plain in read and plain != "id" else REFUSED.get(plain) or refused.get(plain)
@@ -248,18 +250,20 @@ def _check_text(where: str, text: str, forbidden: re.Pattern) -> None:
             raise ValueError(f"{where} is no valid text: {error.reason}") from error
 
 
-def _refuse(where: str, fields: Mapping, read: tuple[str, ...], refused: Mapping[str, str]) -> None:
+def _refuse(where: str, fields: Mapping, read: frozenset[str], refused: Mapping[str, str]) -> None:
     """
     Raises:
         ValueError: naming a field that carries content and is not read, if it is one that is known.
     """
-    for name, value in fields.items():
+    for name, value in () if fields.keys() <= read else fields.items():
         if name not in read and (advice := _advice(name, read, refused)) and carries_content(value):
             raise ValueError(f"{where}field {shown(name)} is not read; {advice}")
 
 
 def _weight(where: str, turn: Mapping) -> int | None:
     """Whether an answer is learned, 1 or 0, as `weight`, `loss` and `train` say it together; None: as none says."""
+    if turn.keys().isdisjoint(LEARNED_BY):
+        return None
     given = {name: turn[name] for name in LEARNED_BY if turn.get(name) is not None}
     learned = turn["role"] == "assistant"
     for name, value in given.items():
