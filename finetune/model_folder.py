@@ -192,7 +192,7 @@ def in_place_of_a_model(folder: str | os.PathLike) -> str:
 
 
 def _snapshot(folder: Path) -> Path | None:
-    """Of `models--owner--name` (or the `snapshots` in it) in the hub's cache: what its main branch is, else the newest."""
+    """In `models--owner--name`, or the `snapshots` in it, of the hub's cache: its main branch, else the newest."""
     root = folder.parent if folder.name == "snapshots" else folder
     found = [path.parent for path in root.glob(f"snapshots/*/{CONFIG_NAME}")]
     with suppress(OSError, ValueError):
