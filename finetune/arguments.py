@@ -377,7 +377,7 @@ def parse_arguments(
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError("\n".join(["These settings cannot work:", *problems, str(error)])) from error
     parsed[2].found_in_parsing = problems
-    parsed[2].flags_given = frozenset(flag for flag, _ in given)
+    parsed[2].flags_given = sorted({flag for flag, _ in given})
     return tuple(parsed)
 
 
@@ -545,6 +545,11 @@ def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str
     if "slicing" in settings:
         config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
     return FoundModel("adapter", path, at_home(place), config, settings.get("dtype"))
+
+
+def fitting_length(default: int, config: MiniCPMVConfig, share: int = 1) -> int:
+    """A default length in tokens, or the part of the model's positions that is one of `share`, where that is less."""
+    return max(1, min(default, config.max_position_embeddings // share))
 
 
 def uses_gpu(device: str) -> bool:

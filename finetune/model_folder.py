@@ -143,7 +143,9 @@ def _weight_file_problems(folder: Path, needed: bool) -> list[str]:
     try:
         files = weight_files(folder)
     except ValueError as error:
-        return [str(error)] if needed or named is not None else []
+        loose = [problem for file in sorted(folder.glob("pytorch_model*.bin")) if (problem := file_problem(file))]
+        said = [str(error)] if needed or named is not None else []
+        return loose or weights_with_code(folder) or said
     if problems := [problem for file in files if (problem := file_problem(file))]:
         return problems
     return weights_with_code(folder) or damaged(files)
@@ -364,7 +366,9 @@ def adapter_fit(
     matrices, extra = adapter_weights(adapter)
     name = network.active_adapter
     state = network.state_dict(keep_vars=True)
-    wanted = get_peft_model_state_dict(network, state_dict=state, adapter_name=name, save_embedding_layers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shapes, which are compared here
+        wanted = get_peft_model_state_dict(network, state_dict=state, adapter_name=name, save_embedding_layers=False)
     found = describe(matrices)
     problems = []
     if missing := [name for name in wanted if name not in found]:
