@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
@@ -464,8 +465,8 @@ def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_na
         _ = config.llm_type
     except (OSError, ValueError) as error:
         return f"{named}: {error}"
-    except (TypeError, AttributeError, KeyError) as error:  # values of other kinds than the configuration's
-        return f"{named}: its config.json describes no model ({error})"
+    except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:  # values of a wrong kind
+        return f"{named}: its config.json describes no model ({' '.join(str(error).split())})"
     return config
 
 
@@ -633,8 +634,11 @@ def check_arguments(
     if not data.data_path:
         problems.append("--data_path is missing: the file with your training samples")
     for flag in ("data_path", "eval_data_path"):
-        missing = [path for path in getattr(data, flag) or () if not Path(path).exists()]
-        problems += [f"--{flag} {path}: there is no such file or folder" for path in missing]
+        for path in getattr(data, flag) or ():
+            if why := access_problem(path):
+                problems.append(f"--{flag} {path}: {why}")
+            elif not Path(path).exists():
+                problems.append(f"--{flag} {path}: there is no such file or folder")
     if data.bad_samples not in ("fail", "skip"):
         problems.append(f"--bad_samples {data.bad_samples}: expected fail or skip")
     if not 0 <= data.max_bad_fraction <= 1:
@@ -681,7 +685,8 @@ def check_arguments(
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
     starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
-    if starts_anew and training.output_dir and (last := newest_complete(training.output_dir)):
+    here = training.output_dir if training.output_dir and not access_problem(training.output_dir) else None
+    if starts_anew and here and (last := newest_complete(here)):
         problems.append(
             f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
             "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"

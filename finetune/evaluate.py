@@ -59,6 +59,7 @@ from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
 from finetune.minicpmv import LLM_TYPES
 from finetune.minicpmv.conversation import text_turns
 from finetune.minicpmv.modeling_minicpmv import SAMPLING
+from finetune.model_folder import access_problem
 from finetune.pictures import map_pictures, resolve
 from finetune.places import at_home, output_problems
 from finetune.reporting import versions
@@ -155,7 +156,9 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
         wrong.append("--image_folder_only true needs --image_folder")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         wrong.append("--device cuda: PyTorch finds no GPU here")
-    if arguments.output.exists() and not arguments.output.is_dir():
+    if why := access_problem(arguments.output):
+        wrong.append(f"--output {arguments.output}: {why}")
+    elif arguments.output.exists() and not arguments.output.is_dir():
         wrong.append(f"--output {arguments.output}: is a file; name a folder, new or empty")
     elif arguments.output.is_dir() and any(arguments.output.iterdir()):
         wrong.append(f"--output {arguments.output}: is not empty; nothing is overwritten, name another folder")
@@ -232,10 +235,13 @@ def _begin(folder: Path, identity: dict) -> None:
     if is_main():
         try:
             if folder.exists():
-                if json.loads((folder / IDENTITY).read_text(encoding="utf-8")) != identity:
+                other = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) != identity
+                if other and any(part.stat().st_size for part in folder.glob("*.jsonl")):
                     problem = (
                         f"{folder} holds answers of another call, model or data; remove it, or name another --output"
                     )
+                elif other:  # that ended before the first answer, such as over a model that could not be loaded
+                    (folder / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
             else:
                 folder.mkdir(parents=True)
                 (folder / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
@@ -712,13 +718,13 @@ def _settle_problems(arguments: argparse.Namespace, tasks: Sequence[Task]) -> No
         logger.warning("%d samples are left out:\n%s", len(problems), report_problems(problems))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     die_with_launcher()
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     # Flags that PEFT still uses are renamed in transformers 5 and work until 6.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:

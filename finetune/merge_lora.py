@@ -556,6 +556,8 @@ def _output_problems(output: Path, read: Sequence[tuple[str, str | os.PathLike |
     """
     if conflicts := model_conflicts("--output", output, read):
         return conflicts
+    if why := access_problem(output):
+        return [f"--output {output}: {why}"]
     if output.is_dir() and os.path.ismount(output.resolve()):
         return [f"--output {output}: is where a disk is mounted, which cannot be replaced; name a folder within it"]
     if output.is_file():
