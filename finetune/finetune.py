@@ -87,7 +87,9 @@ def train(argv: list[str] | None = None) -> None:
     tokenizer = None
     if not isinstance(config, str):
         if not trained_set_problems(args, lora_args):
-            problems += _trial_problems(model_args, args, lora_args, config)
+            # of the room in a place that cannot be used, nothing is said
+            usable = args.output_dir and not any(problem.startswith("--output_dir ") for problem in problems)
+            problems += _trial_problems(model_args, args, lora_args, config, look_at_disk=bool(usable))
         try:
             tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
         except ValueError as error:
@@ -345,7 +347,11 @@ def _with_lora(model: MiniCPMV, lora_args: LoraArguments, in_float32: bool) -> P
 
 
 def _trial_problems(
-    model_args: ModelArguments, args: TrainingArguments, lora_args: LoraArguments, config: MiniCPMVConfig
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    lora_args: LoraArguments,
+    config: MiniCPMVConfig,
+    look_at_disk: bool,
 ) -> list[str]:
     """Tries the settings on a model without values: whether the files hold the tensors that it needs, a LoRA target
     matches, a checkpoint has room."""
@@ -371,7 +377,7 @@ def _trial_problems(
             "nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"
         )
         return problems
-    if args.output_dir:
+    if look_at_disk:
         problems += checkpoint_room_problem(model, args, base)
     try:
         transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)

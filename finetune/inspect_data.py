@@ -32,7 +32,7 @@ from finetune.data_report import Card, write_report
 from finetune.dataset import Measure, SampleError, SupervisedDataset, truncate
 from finetune.loading import load_tokenizer
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
-from finetune.places import at_home, model_conflicts, writing_problem
+from finetune.places import at_home, output_problems
 
 CANDIDATE_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens
 LENGTH_STEP = 64  # tokens; the recommended length is rounded up to a multiple
@@ -174,13 +174,6 @@ def as_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def report_place_problems(report: Path, model: str) -> list[str]:
-    """What is wrong with the place of `--report`, one line each."""
-    wrong = model_conflicts("--report", report, [("--model_name_or_path", model)], around=False)
-    why = writing_problem(report)
-    return wrong + ([f"--report {report}: {why}"] if why else [])
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
@@ -207,7 +200,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not wrong:
         wrong = model_folder_problems("--model_name_or_path", arguments.model_name_or_path, weights=False)
     if arguments.report:
-        wrong += report_place_problems(arguments.report, arguments.model_name_or_path)
+        model = [("--model_name_or_path", arguments.model_name_or_path)]
+        wrong += output_problems("--report", arguments.report, model, around=False)
     for flag in ("model_max_length", "max_slice_nums"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
             wrong.append(f"--{flag} {getattr(arguments, flag)}: expected 1 or more")

@@ -187,5 +187,7 @@ def output_problems(
 ) -> list[str]:
     """All that is wrong with the place of an output folder, one line each; arguments: see `model_conflicts`."""
     conflicts = [*model_conflicts(flag, output, models, around), *data_conflicts(flag, output, data)]
+    if conflicts:  # nor is writing tried there
+        return conflicts
     why = writing_problem(output)
-    return conflicts + ([f"{flag} {output}: {why}"] if why else [])
+    return [f"{flag} {output}: {why}"] if why else []
