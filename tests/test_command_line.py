@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -542,3 +543,28 @@ def test_loss_picture(tmp_path):
 def test_no_word_of_a_path_of_this_machine():
     for file in [ROOT / "README.md", *FINETUNE.rglob("*.py"), *FINETUNE.glob("*.sh"), *TESTS.glob("*.py")]:
         assert str(ROOT) not in file.read_text(), file
+
+
+def test_the_default_length_fits_the_model(given, tiny, tmp_path):
+    """--model_max_length; only what is given can be too much."""
+    for positions in (256, 1024, 4096):
+        model = shutil.copytree(tiny["llama3"], tmp_path / str(positions))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        (_, _, training, _), problems = given("--model_name_or_path", model)
+        assert problems == [] and training.model_max_length == min(2048, positions)
+        (_, _, training, _), problems = given("--model_name_or_path", model, "--model_max_length", 200)
+        assert problems == [] and training.model_max_length == 200
+        _, problems = given("--model_name_or_path", model, "--model-max-length", positions + 1)
+        assert len(problems) == 1 and f"--model_max_length {positions + 1}: " in problems[0]
+
+
+@pytest.mark.parametrize("script", ["finetune_lora.sh", "finetune_ds.sh"])
+def test_launchers_leave_the_length_to_its_default(script, tmp_path):
+    """Which fits the model."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && { echo 1; exit 0; }\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    words = launch(script, cwd=tmp_path, VIRTUAL_ENV=tmp_path, MODEL="m", DATA="d.json").stdout.splitlines()
+    assert "--num_train_epochs" in words and "--model_max_length" not in words
