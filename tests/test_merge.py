@@ -885,9 +885,10 @@ def test_what_cannot_be_read_is_not_called_unwritable(bases, adapter, tmp_path, 
         if which == "weights of the base":
             lost[which].unlink(missing_ok=True)  # between two files, as a disk of the network goes away
 
-    def copied(source, target):
-        assert which != "the output"
-        raise OSError(errno.EIO, "Input/output error", str(source))
+    def copied(source, target, copy=shutil.copyfile, **settings):
+        if which == "settings of the base" and Path(source) == lost[which]:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        return copy(source, target, **settings)
 
     monkeypatch.setattr(merge_lora, "save_file", saved)
     monkeypatch.setattr(merge_lora.shutil, "copyfile", copied)
