@@ -164,7 +164,15 @@ def test_containment(tmp_path, monkeypatch):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "c").symlink_to(tmp_path / "a" / "b")
     monkeypatch.chdir(tmp_path)
-    for outer, inner in (("a", "a/b"), ("a", "c"), ("c", "a/b/new/er"), (".", "a"), ("a/b/..", "a"), ("", "c")):
+    for outer, inner in (
+        ("a", "a/b"),
+        ("a", "c"),
+        ("c", "a/b/new/er"),
+        (".", "a"),
+        ("a/b/..", "a"),
+        ("", "c"),
+        ("c/new", "a/b/new/er"),
+    ):
         assert contains(outer, inner), (outer, inner)
     for outer, inner in (("a/b", "a"), ("a/b", "a/bc"), ("c", "a"), ("a", "new"), ("a", "ab")):
         assert not contains(outer, inner), (outer, inner)
