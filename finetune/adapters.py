@@ -23,12 +23,12 @@ from torch import nn
 
 from finetune.loading import (
     base_of_adapter,
+    check_folders,
     load_base,
     load_lora,
     load_tokenizer,
     read_extra_tensors,
     trained_slices,
-    weights_with_code,
 )
 
 logger = logging.getLogger("finetune")
@@ -186,6 +186,7 @@ def load_adapters(
         raise ValueError("no adapters: expected their folders by name")
     for name in folders:
         _check_name(name)
+    check_folders([*folders.values()])
     if base is None:
         bases = {name: base_of_adapter(folder) for name, folder in folders.items()}
         if len({os.path.realpath(path) if Path(path).is_dir() else path for path in bases.values()}) > 1:
@@ -195,8 +196,7 @@ def load_adapters(
                 + ". Name one with base= if they are the same in different places"
             )
         base = next(iter(bases.values()))
-    if problems := [problem for folder in (base, *folders.values()) for problem in weights_with_code(folder)]:
-        raise ValueError("\n".join(problems))
+    check_folders([], base)
     for name, folder in folders.items():
         config = PeftConfig.from_pretrained(folder)
         if config.bias != "none" or config.layer_replication:

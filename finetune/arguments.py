@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, HfArgumentParser, PreTrainedConfig
 from transformers.hf_argparser import string_to_bool
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_flash_attn_2_available, is_liger_kernel_available
 
-from finetune.checkpoints import checkpoint_steps, fault, newest_complete, newest_everywhere
+from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.checks import loader_processes
 from finetune.errors import ProcessError, UserError, is_main_of_node
 from finetune.loading import (
@@ -31,12 +32,20 @@ from finetune.loading import (
     base_of_adapter,
     is_hub_name,
     load_finetuned,
-    missing_in_adapter,
     resolved_settings,
-    weights_with_code,
 )
 from finetune.metrics import METRICS
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
+from finetune.model_folder import (
+    CONFIG_NAME,
+    access_problem,
+    adapter_problems,
+    checkpoint_problems,
+    file_problem,
+    in_place_of_a_model,
+    quantization_problem,
+)
+from finetune.places import at_home, contains, output_problems
 from finetune.zero import GATHER, saves_no_model, without_communication
 
 logger = logging.getLogger("finetune")
@@ -107,7 +116,10 @@ class TrainingArguments(transformers.TrainingArguments):
     cache_dir: str | None = field(default=None, metadata={"help": "Folder for what is downloaded from the hub."})
     model_max_length: int = field(
         default=2048,
-        metadata={"help": "Longest sample in tokens, picture placeholders included; longer ones are cut at the end."},
+        metadata={
+            "help": "Longest sample in tokens, picture placeholders included; longer ones are cut at the end. Not "
+            "given: 2048, or what the model takes, where that is less."
+        },
     )
     max_slice_nums: int | None = field(
         default=None, metadata={"help": f"Most slices of a picture beside its overview. None: {DEFAULT_SLICES}."}
@@ -357,7 +369,7 @@ def parse_arguments(
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
     """Arguments from the command line. A flag with an empty value counts as not given. Unknown flags, and what is wrong
     with the DeepSpeed file, which transformers reads while the arguments are being made, are kept for
-    `check_arguments` in `found_in_parsing`.
+    `check_arguments` in `found_in_parsing`; the names of the flags in `flags_given`.
 
     Raises:
         SystemExit: with the usage, on values of the wrong type.
@@ -386,6 +398,7 @@ def parse_arguments(
     except (ValueError, ImportError, RuntimeError) as error:
         raise UserError("\n".join(["These settings cannot work:", *problems, str(error)])) from error
     parsed[2].found_in_parsing = problems
+    parsed[2].flags_given = sorted({flag for flag, _ in given})
     return tuple(parsed)
 
 
@@ -443,37 +456,45 @@ def add_image_folder(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def at_home(path: str) -> str:
-    """The path with `~` as the home; as it is, where that is nobody's."""
-    try:
-        return str(Path(path).expanduser()) if path.startswith("~") else path
-    except RuntimeError:
-        return path
-
-
 def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_name_or_path") -> MiniCPMVConfig | str:
     """The configuration of the checkpoint `path` (a folder, or its name on the hub), or, in one sentence that begins
     with the flag, why there is none. A name whose first part is a folder here is a mistyped path, none on the hub."""
     named, path = f"{flag} {path}", at_home(path)
+    if why := access_problem(path):
+        return f"{named}: {why}"
     if not Path(path).is_dir():
         if not is_hub_name(path):
             return f"{named}: there is no such folder, and it is no hub name (owner/name)"
         if (parent := Path(path).parent).is_dir():
             return f"{named}: there is no such folder (nor is it taken for a hub name, since {parent} is a folder here)"
-    elif not Path(path, "config.json").is_file():
+    elif not os.path.lexists(Path(path, CONFIG_NAME)):
         if Path(path, ADAPTER_CONFIG_NAME).is_file():
             return f"{named}: is an adapter; name its base model here, and the adapter with --lora_weight_path"
-        return f"{named}: {_in_place_of_a_model(path)}"
+        return f"{named}: {in_place_of_a_model(path)}"
+    elif problem := file_problem(Path(path, CONFIG_NAME), as_json=True):
+        return f"{flag} {problem}"
     try:
         # Looked at before anything is made of it: of another kind, it may ask for code of its own to be run.
-        kind = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0].get("model_type")
+        content = PreTrainedConfig.get_config_dict(path, cache_dir=cache_dir)[0]
+        kind = content.get("model_type")
         if kind != MiniCPMVConfig.model_type:
             return f"{named}: is a {kind!r} model, expected {MiniCPMVConfig.model_type!r}"
+        if why := quantization_problem(content):
+            return f"{named}: {why}"
         config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
         _ = config.llm_type
     except (OSError, ValueError) as error:
         return f"{named}: {error}"
+    except (TypeError, AttributeError, KeyError, StrictDataclassError) as error:  # values of a wrong kind
+        return f"{named}: its config.json describes no model ({' '.join(str(error).split())})"
     return config
+
+
+def model_folder_problems(flag: str, path: str, weights: bool = True) -> list[str]:
+    """What is wrong with the files of a model's folder, one line each, after the flag; of a name on the hub nothing."""
+    if not Path(path).is_dir():
+        return []
+    return [f"{flag} {problem}" for problem in checkpoint_problems(path, weights)]
 
 
 class FoundModel(NamedTuple):
@@ -503,19 +524,23 @@ def find_model(path: str, base: str | None = None, cache_dir: str | None = None,
     """
     named = f"{flag} {path}"
     folder = Path(at_home(path))
+    if why := access_problem(folder):
+        raise UserError(f"{named}: {why}")
     if folder.is_file():
         raise UserError(f"{named}: is a file; name the folder of the model")
     if folder.is_dir():
         path = str(folder)
-        if (folder / ADAPTER_CONFIG_NAME).is_file():
+        if os.path.lexists(folder / ADAPTER_CONFIG_NAME):
             return _found_adapter(path, base, cache_dir, flag)
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{named}: {_in_place_of_a_model(path)}")
+        if not os.path.lexists(folder / CONFIG_NAME):
+            raise UserError(f"{named}: {in_place_of_a_model(path)}")
     if base is not None:
         raise UserError(f"--base {base}: {named} is no adapter, it has all weights itself; leave --base out")
     config = load_config(path, cache_dir, flag)
     if isinstance(config, str):
         raise UserError(config)
+    if problems := model_folder_problems(flag, path, weights=False):  # that there are none, loading says
+        raise UserError("\n".join(problems))
     trained = (folder / SETTINGS_NAME).is_file()
     try:
         dtype = resolved_settings(folder).get("dtype")
@@ -525,7 +550,7 @@ def find_model(path: str, base: str | None = None, cache_dir: str | None = None,
 
 
 def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str) -> FoundModel:
-    if problems := missing_in_adapter(path):
+    if problems := adapter_problems(path):
         raise UserError("\n".join(f"{flag} {problem}" for problem in problems))
     try:
         place = base or base_of_adapter(path)
@@ -535,18 +560,17 @@ def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str
         raise UserError(f"{flag} {error}") from error
     if isinstance(config, str):
         raise UserError(config if base else f"{config}; say where the base model is now (--base DIR)")
+    where = "--base" if base else f"{flag} {path}: its base"
+    if problems := model_folder_problems(where, at_home(place), weights=False):
+        raise UserError("\n".join(problems))
     if "slicing" in settings:
         config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
     return FoundModel("adapter", path, at_home(place), config, settings.get("dtype"))
 
 
-def _in_place_of_a_model(folder: str) -> str:
-    if checkpoint_steps(folder):
-        newest = newest_complete(folder)
-        if newest is None:
-            return "holds no model, but checkpoints, none of which is complete"
-        return f"holds no model, but checkpoints; name one of them, the newest is {newest}"
-    return f"holds no model: neither config.json (a checkpoint) nor {ADAPTER_CONFIG_NAME} (an adapter)"
+def fitting_length(default: int, config: MiniCPMVConfig, share: int = 1) -> int:
+    """A default length in tokens, or the part of the model's positions that is one of `share`, where that is less."""
+    return max(1, min(default, config.max_position_embeddings // share))
 
 
 def uses_gpu(device: str) -> bool:
@@ -620,6 +644,8 @@ def check_arguments(
                 f"--llm_type {training.llm_type}: the checkpoint {model.model_name_or_path} is "
                 f"{LLM_TYPES[config.llm_type]}, whose llm_type is {config.llm_type}; leave the flag out or correct it"
             )
+        if "--model_max_length" not in training.flags_given:
+            training.model_max_length = min(training.model_max_length, config.max_position_embeddings)
         if training.model_max_length > config.max_position_embeddings:
             problems.append(
                 f"--model_max_length {training.model_max_length}: the language model was made for at most "
@@ -628,8 +654,11 @@ def check_arguments(
     if not data.data_path:
         problems.append("--data_path is missing: the file with your training samples")
     for flag in ("data_path", "eval_data_path"):
-        missing = [path for path in getattr(data, flag) or () if not Path(path).exists()]
-        problems += [f"--{flag} {path}: there is no such file or folder" for path in missing]
+        for path in getattr(data, flag) or ():
+            if why := access_problem(path):
+                problems.append(f"--{flag} {path}: {why}")
+            elif not Path(path).exists():
+                problems.append(f"--{flag} {path}: there is no such file or folder")
     if data.bad_samples not in ("fail", "skip"):
         problems.append(f"--bad_samples {data.bad_samples}: expected fail or skip")
     if not 0 <= data.max_bad_fraction <= 1:
@@ -640,7 +669,8 @@ def check_arguments(
         problems.append(f"--image_folder {data.image_folder}: there is no such folder")
     if data.image_folder_only and not data.image_folder:
         problems.append("--image_folder_only true needs --image_folder")
-    problems += weights_with_code(model.model_name_or_path)
+    if not isinstance(config, str):  # or the folder's problem is said already
+        problems += model_folder_problems("--model_name_or_path", model.model_name_or_path)
     if training.eval_strategy != "no" and not data.eval_data_path:
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     problems += _prediction_problems(training, data)
@@ -675,11 +705,14 @@ def check_arguments(
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
     starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
-    if starts_anew and training.output_dir and (last := newest_complete(training.output_dir)):
+    here = training.output_dir if training.output_dir and not access_problem(training.output_dir) else None
+    if starts_anew and here and (last := newest_complete(here)):
         problems.append(
             f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
             "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
         )
+    if training.output_dir:
+        problems += _output_dir_problems(model, data, training, lora)
     for flag, path in (("model_name_or_path", model.model_name_or_path), ("lora_weight_path", lora.lora_weight_path)):
         if training.overwrite_output_dir and training.output_dir and _is_in_checkpoint(path, training.output_dir):
             problems.append(
@@ -691,6 +724,29 @@ def check_arguments(
             f"--resume_from_checkpoint {resume}: is no complete checkpoint ({why}); name one (OUTPUT_DIR/checkpoint-N) "
             "or say true for the newest in --output_dir"
         )
+    return problems
+
+
+def _output_dir_problems(
+    model: ModelArguments, data: DataArguments, training: TrainingArguments, lora: LoraArguments
+) -> list[str]:
+    """What is wrong with the place of `--output_dir`."""
+    output, resume = training.output_dir, training.resume_from_checkpoint
+    base = model.model_name_or_path
+    if training.overwrite_output_dir and _is_in_checkpoint(base, output):
+        base = None  # of which more is said
+    paths = [("--data_path", path) for path in data.data_path or ()]
+    paths += [("--eval_data_path", path) for path in data.eval_data_path or ()]
+    problems = output_problems("--output_dir", output, [("--model_name_or_path", base)], paths)
+    # Adapters and checkpoints of the same run lie in its folder; what lies in theirs would be written over them.
+    started_from = {"--lora_weight_path": lora.lora_weight_path}
+    started_from["--resume_from_checkpoint"] = None if resume in (*TRUE, *FALSE) else resume
+    for flag, path in started_from.items():
+        if path and os.path.exists(path) and contains(output, path) and contains(path, output):
+            problems.append(
+                f"--output_dir {output}: is the folder of {flag} {path}, which is read and must stay as it is; name "
+                "another folder"
+            )
     return problems
 
 
@@ -788,10 +844,9 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
         problems.append(f"--lora_bias {lora.lora_bias}: expected none, all or lora_only")
     if lora.lora_weight_path:
         adapter = lora.lora_weight_path
-        if not Path(adapter, ADAPTER_CONFIG_NAME).is_file():
+        if not access_problem(adapter) and not os.path.lexists(Path(adapter, ADAPTER_CONFIG_NAME)):
             problems.append(f"--lora_weight_path {adapter}: holds no {ADAPTER_CONFIG_NAME}")
-        problems += [f"--lora_weight_path {problem}" for problem in missing_in_adapter(adapter)]
-        problems += weights_with_code(adapter)
+        problems += [f"--lora_weight_path {problem}" for problem in adapter_problems(adapter)]
     try:
         re.compile(lora.lora_target_modules)
     except re.error as error:

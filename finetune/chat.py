@@ -32,19 +32,21 @@ from peft import PeftModel
 from PIL import Image
 from transformers.hf_argparser import string_to_bool
 
-from finetune.arguments import DTYPES, FoundModel, at_home, choose_dtype, find_model, load_found, uses_gpu
+from finetune.arguments import DTYPES, FoundModel, choose_dtype, find_model, fitting_length, load_found, uses_gpu
 from finetune.errors import UserError, shown, shown_path
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.conversation import IMAGE_MARK, place_pictures
 from finetune.minicpmv.modeling_minicpmv import BEAM_SEARCH, SAMPLING
 from finetune.minicpmv.streaming import answer_text, stop_ids
 from finetune.pictures import is_data_uri, load_image, map_pictures, picture_paths
+from finetune.places import at_home
 
 logger = logging.getLogger("finetune.chat")
 
 ONLY_SAMPLING = ("temperature", "top_p", "top_k")
 GENERATION = (*ONLY_SAMPLING, "repetition_penalty", "num_beams")
 JSON_KEYS = ("question", "image", "id")
+NEW_TOKENS, PROMPT_TOKENS = 1024, 2048  # most tokens of answer and prompt by default, where the model takes as many
 INTERRUPTED = 130  # exit status of programs that Ctrl-C ended
 HISTORY_LINES = 1000
 HELP = """\
@@ -162,15 +164,15 @@ class Asker:
         """The settings, with no more new tokens than fit behind the prompt; where that is less, the user is told."""
         whole = self.model.config.max_position_embeddings
         room = whole - prompt_tokens
-        if prompt_tokens > self.max_inp_length:
-            raise PromptTooLong(
-                f"the prompt has {prompt_tokens} tokens, more than --max_inp_length {self.max_inp_length}; raise it "
-                f"(up to {whole}), lower --max_slice_nums or say less"
-            )
         if room < 1:
             raise PromptTooLong(
                 f"the prompt has {prompt_tokens} tokens, and the model takes {whole}, prompt and answer together; "
                 "lower --max_slice_nums or say less"
+            )
+        if prompt_tokens > self.max_inp_length:
+            raise PromptTooLong(
+                f"the prompt has {prompt_tokens} tokens, more than --max_inp_length {self.max_inp_length}; raise it "
+                f"(up to {whole}), lower --max_slice_nums or say less"
             )
         asked = self.settings.get("max_new_tokens")
         if asked is None or asked <= room:
@@ -491,8 +493,17 @@ def build_parser() -> argparse.ArgumentParser:
         help="with --sampling false: beams of the search, 1 takes the likeliest token each time; default: "
         f"{BEAM_SEARCH['num_beams']}",
     )
-    add("--max_new_tokens", type=int, default=1024, help="longest answer in tokens; default: 1024")
-    add("--max_inp_length", type=int, default=2048, help="longest prompt in tokens, with pictures; default: 2048")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help=f"longest answer in tokens; default: {NEW_TOKENS}, or half of what the model takes, if that is less",
+    )
+    add(
+        "--max_inp_length",
+        type=int,
+        help=f"longest prompt in tokens, with pictures; default: {PROMPT_TOKENS}, or what the model takes, if that is "
+        "less",
+    )
     add("--max_slice_nums", type=int, help="most slices of a picture beside its overview; default: as in training")
     add("--seed", type=int, help="the same answers every time; default: other ones")
     add("--dtype", choices=("auto", *DTYPES), default="auto", help="of the weights; default: auto, as in training")
@@ -540,12 +551,12 @@ def model_problems(arguments: argparse.Namespace, config: MiniCPMVConfig) -> lis
     problems = []
     if arguments.system_prompt and config.llm_type != "llama3":
         problems.append(f"--system_prompt: {LLM_TYPES[config.llm_type]} has no words for it; put it into the question")
-    if arguments.max_inp_length > config.max_position_embeddings:
+    if (arguments.max_inp_length or 0) > config.max_position_embeddings:
         problems.append(
             f"--max_inp_length {arguments.max_inp_length}: the language model was made for at most "
             f"{config.max_position_embeddings} tokens"
         )
-    if arguments.max_new_tokens >= config.max_position_embeddings:
+    if (arguments.max_new_tokens or 0) >= config.max_position_embeddings:
         problems.append(
             f"--max_new_tokens {arguments.max_new_tokens}: the language model was made for at most "
             f"{config.max_position_embeddings} tokens, question and answer together"
@@ -570,13 +581,15 @@ def load_asker(arguments: argparse.Namespace, found: FoundModel) -> tuple[Asker,
     )
     model, tokenizer = load_found(found, dtype, arguments.device, cache_dir=arguments.cache_dir)
     given = {name: getattr(arguments, name) for name in GENERATION if getattr(arguments, name) is not None}
+    most_new = arguments.max_new_tokens or fitting_length(NEW_TOKENS, found.config, share=2)
+    longest_prompt = arguments.max_inp_length or fitting_length(PROMPT_TOKENS, found.config)
     asker = Asker(
         model,
         tokenizer,
         arguments.sampling,
-        {**given, "max_new_tokens": arguments.max_new_tokens},
+        {**given, "max_new_tokens": most_new},
         arguments.system_prompt,
-        arguments.max_inp_length,
+        longest_prompt,
         arguments.max_slice_nums,
         arguments.seed,
     )
@@ -584,8 +597,8 @@ def load_asker(arguments: argparse.Namespace, found: FoundModel) -> tuple[Asker,
     settings = {
         "sampling": arguments.sampling,
         **{name: asker.settings[name] for name in GENERATION if name in asker.settings},
-        "max_new_tokens": arguments.max_new_tokens,
-        "max_inp_length": arguments.max_inp_length,
+        "max_new_tokens": most_new,
+        "max_inp_length": longest_prompt,
         "max_slice_nums": slices,
         "system_prompt": arguments.system_prompt,
         "seed": arguments.seed,

@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -39,9 +39,9 @@ from finetune.arguments import (
     DTYPES,
     FoundModel,
     add_image_folder,
-    at_home,
     choose_dtype,
     find_model,
+    fitting_length,
     load_found,
     uses_gpu,
 )
@@ -52,19 +52,22 @@ from finetune.errors import ProcessError, UserError, is_main_of_node, over_proce
 from finetune.evaluation_page import write_evaluation
 from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers
 from finetune.guards import LOADER_ERRORS, death_of_loader, die_with_launcher, lacking_memory
-from finetune.loading import ADAPTER_CONFIG_NAME, load_tokenizer
-from finetune.machines import end_together
+from finetune.loading import ADAPTER_CONFIG_NAME, base_of_adapter, load_tokenizer
+from finetune.machines import end_together, say_threads
 from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
 from finetune.minicpmv import LLM_TYPES
 from finetune.minicpmv.conversation import text_turns
 from finetune.minicpmv.modeling_minicpmv import SAMPLING
+from finetune.model_folder import access_problem
 from finetune.pictures import map_pictures, record_of
+from finetune.places import at_home, output_problems
 from finetune.reporting import versions
 
 logger = logging.getLogger("finetune")
 
 ANSWERS, METRICS_NAME, PAGE = "answers.jsonl", "metrics.json", "evaluation.html"
 IDENTITY = "evaluation.json"  # in the folder of an unfinished evaluation: what it is of
+NEW_TOKENS = 256  # most tokens of an answer by default, where the model takes several times as many
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -91,13 +94,23 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="folder of a checkpoint or adapter, or the name of a checkpoint on the hub")
     add("--base", help="base model of adapters, where it is not in the place that they name")
     add("--data_path", required=True, nargs="+", type=at_home, help="data files or folders, as for finetune.py")
-    add("--output", required=True, type=Path, help="folder for the result; it must be empty or not there")
+    add(
+        "--output",
+        required=True,
+        type=lambda path: Path(at_home(path)),
+        help="folder for the result; it must be empty or not there",
+    )
     add("--compare", metavar="BEFORE", help="a model that is evaluated first, or the --output of an earlier evaluation")
     add_image_folder(parser)
     add("--bad_samples", choices=("fail", "skip"), default="fail", help="samples that cannot be used; default: fail")
     add("--limit", type=int, help="evaluate the first LIMIT samples only; default: all")
     add("--batch_size", type=int, default=8, help="questions at once, per process; default: 8")
-    add("--max_new_tokens", type=int, default=256, help="longest answer; the rest is cut off; default: 256")
+    add(
+        "--max_new_tokens",
+        type=int,
+        help=f"longest answer in tokens; the rest is cut off; default: {NEW_TOKENS}, or a quarter of what the model "
+        "takes, if that is less",
+    )
     add("--max_inp_length", type=int, help="longest prompt in tokens, pictures included; default: what the model takes")
     add("--max_slice_nums", type=int, help="most slices of a picture; default: as the model was trained")
     add("--num_beams", type=int, default=1, help="1 (default): greedy; more: beam search")
@@ -142,13 +155,32 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
         wrong.append("--image_folder_only true needs --image_folder")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         wrong.append("--device cuda: PyTorch finds no GPU here")
-    if arguments.output.exists() and not arguments.output.is_dir():
+    if why := access_problem(arguments.output):
+        wrong.append(f"--output {arguments.output}: {why}")
+    elif arguments.output.exists() and not arguments.output.is_dir():
         wrong.append(f"--output {arguments.output}: is a file; name a folder, new or empty")
     elif arguments.output.is_dir() and any(arguments.output.iterdir()):
         wrong.append(f"--output {arguments.output}: is not empty; nothing is overwritten, name another folder")
     elif os.path.ismount(arguments.output.resolve()):  # which no complete folder can be put in the place of
         wrong.append(f"--output {arguments.output}: is a disk's own folder; name a folder within it")
+    else:
+        read = [(f"--{flag}", getattr(arguments, flag)) for flag in ("model", "base", "compare")]
+        read += [
+            (f"the base of --{flag}", adapter_base(path))
+            for flag in ("model", "compare")
+            if (path := getattr(arguments, flag)) and arguments.base is None
+        ]
+        data = [("--data_path", path) for path in arguments.data_path]
+        wrong += output_problems("--output", arguments.output, read, data)
     return wrong
+
+
+def adapter_base(path: str) -> str | None:
+    """What an adapter names as its base, where this is one and says it; what is wrong with it is said elsewhere."""
+    with suppress(OSError, ValueError):
+        folder = Path(at_home(path))
+        return base_of_adapter(folder) if os.path.exists(folder / ADAPTER_CONFIG_NAME) else None
+    return None
 
 
 def evaluate(arguments: argparse.Namespace, tasks: Sequence[Task], earlier: list[dict] | None, limited: str) -> dict:
@@ -202,10 +234,13 @@ def _begin(folder: Path, identity: dict) -> None:
     if is_main():
         try:
             if folder.exists():
-                if json.loads((folder / IDENTITY).read_text(encoding="utf-8")) != identity:
+                other = json.loads((folder / IDENTITY).read_text(encoding="utf-8")) != identity
+                if other and any(part.stat().st_size for part in folder.glob("*.jsonl")):
                     problem = (
                         f"{folder} holds answers of another call, model or data; remove it, or name another --output"
                     )
+                elif other:  # that ended before the first answer, such as over a model that could not be loaded
+                    (folder / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
             else:
                 folder.mkdir(parents=True)
                 (folder / IDENTITY).write_text(json.dumps(identity), encoding="utf-8")
@@ -400,7 +435,8 @@ def summarise(
     """What is saved as `metrics.json`; records get `score`, and `before` where there is one."""
     settings = {
         **generation_settings(arguments),
-        **{name: getattr(arguments, name) for name in ("max_inp_length", "batch_size", "limit", "seed", "bad_samples")},
+        "max_inp_length": arguments.max_inp_length or room_for_prompts(task.found, arguments),
+        **{name: getattr(arguments, name) for name in ("batch_size", "limit", "seed", "bad_samples")},
         "max_slice_nums": task.found.config.slicing["max_slice_nums"],
         "dtype": chosen_dtype(task, arguments)[0],
         "device": torch.cuda.get_device_name() if uses_gpu(arguments.device) else "cpu",
@@ -524,30 +560,51 @@ def _signals_stop() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def prepare(
-    arguments: argparse.Namespace, model: str, base: str | None, flag: str, samples: Samples, decode: bool
-) -> Task:
+def room_for_prompts(found: FoundModel, arguments: argparse.Namespace) -> int:
+    """Tokens of the model's context that `--max_new_tokens` leaves."""
+    return found.config.max_position_embeddings - arguments.max_new_tokens
+
+
+def length_problems(arguments: argparse.Namespace, models: Sequence[tuple[FoundModel, str]]) -> list[str]:
+    """Where a length that was given is more than a model takes; `--max_new_tokens`, where it was not, is set to what
+    all of them have room for, so that their answers can be compared.
+
+    Args:
+        models: with the flags that name them.
+    """
+    if arguments.max_new_tokens is None:
+        shares = [fitting_length(NEW_TOKENS, found.config, share=4) for found, _ in models]
+        arguments.max_new_tokens = min(shares, default=NEW_TOKENS)
+    wrong = []
+    for found, flag in models:
+        whole = found.config.max_position_embeddings
+        if room_for_prompts(found, arguments) < 1:
+            wrong.append(
+                f"--max_new_tokens {arguments.max_new_tokens}: {flag} {found.path} takes {whole} tokens, question and "
+                "answer together"
+            )
+        if (arguments.max_inp_length or 0) > whole:
+            wrong.append(f"--max_inp_length {arguments.max_inp_length}: {flag} {found.path} takes {whole} tokens")
+    return wrong
+
+
+def prepare(arguments: argparse.Namespace, found: FoundModel, flag: str, samples: Samples, decode: bool) -> Task:
     """The task of a model; its weights are not touched.
 
     Args:
+        flag: that names the model.
         decode: also decode every picture, to find damaged ones before anything is answered.
 
     Raises:
-        UserError: when it is no model; when its context has no room for `--max_new_tokens`.
+        UserError: when its tokenizer cannot be used.
     """
-    found = find_model(model, base, arguments.cache_dir, flag)
     try:
         tokenizer = load_tokenizer(found.path, arguments.cache_dir, found.base)
     except ValueError as error:
-        raise UserError(f"{flag} {error}") from error
+        raise UserError("\n".join(f"{flag} {line}" for line in str(error).splitlines())) from error
     if arguments.max_slice_nums is not None:
         found.config.set_max_slice_nums(arguments.max_slice_nums)
-    room = found.config.max_position_embeddings - arguments.max_new_tokens
-    if room < 1:
-        raise UserError(
-            f"--max_new_tokens {arguments.max_new_tokens}: {flag} {model} takes {found.config.max_position_embeddings} "
-            "tokens, question and answer together"
-        )
+    room = room_for_prompts(found, arguments)
     dataset = SupervisedDataset.for_checkpoint(
         found.config, tokenizer, samples, None, arguments.image_folder, arguments.image_folder_only
     )
@@ -585,25 +642,29 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     except ValueError as error:
         wrong.append(f"--data_path {error}")
     compared = Path(at_home(arguments.compare)) if arguments.compare else None
-    also_adapter = compared is not None and (compared / ADAPTER_CONFIG_NAME).is_file()
-    adapter = (Path(at_home(arguments.model)) / ADAPTER_CONFIG_NAME).is_file()
+    also_adapter = compared is not None and os.path.exists(compared / ADAPTER_CONFIG_NAME)
+    adapter = os.path.exists(Path(at_home(arguments.model), ADAPTER_CONFIG_NAME))
     models = [(arguments.model, arguments.base if adapter or not also_adapter else None, "--model")]
-    if compared is not None and not (compared / ANSWERS).is_file():
+    if compared is not None and not os.path.exists(compared / ANSWERS):
         models.append((arguments.compare, arguments.base if also_adapter else None, "--compare"))
     elif compared is not None:
         try:
             earlier = read_answers(compared)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             wrong.append(f"--compare {error}")
-    wrong = _of_all(wrong)  # or the processes would part ways below, where they work together
+    found = []
     for model, base, flag in models:
         try:
-            if wrong:  # samples are looked at only in a call that is right
-                find_model(model, base, arguments.cache_dir, flag)
-            else:
-                tasks.append(prepare(arguments, model, base, flag, samples, decode=not tasks))
+            found.append((find_model(model, base, arguments.cache_dir, flag), flag))
         except UserError as error:
             wrong.append(str(error))
+    wrong = _of_all([*wrong, *length_problems(arguments, found)])  # or the processes would part ways below, where they
+    if not wrong:  # work together: samples are looked at only in a call that is right
+        for one, flag in found:
+            try:
+                tasks.append(prepare(arguments, one, flag, samples, decode=not tasks))
+            except UserError as error:
+                wrong.append(str(error))
     wrong = _of_all(wrong)
     if wrong:
         if is_main_of_node():
@@ -646,13 +707,14 @@ def _settle_problems(arguments: argparse.Namespace, tasks: Sequence[Task]) -> No
         logger.warning("%d samples are left out:\n%s", len(problems), report_problems(problems))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
     die_with_launcher()
+    say_threads()
     parser = build_parser()
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         with _signals_stop():
             run(arguments, parser)

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
@@ -55,6 +55,7 @@ from finetune.loading import (
     checkpoint_folder,
     in_parts,
     load_extra_tensors,
+    load_lora,
     load_tokenizer,
     other_base_problems,
     read_record,
@@ -62,8 +63,10 @@ from finetune.loading import (
     sample_weights,
     trained_slices,
 )
-from finetune.machines import end_together, save_where_all_can_read
+from finetune.machines import end_together, save_where_all_can_read, say_threads
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
+from finetune.model_folder import adapter_fit, described_weights, empty_adapter, empty_model, misfit, weight_problems
+from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
@@ -82,19 +85,19 @@ def train(argv: list[str] | None = None) -> None:
     _set_up_logging(args)
     config = load_config(model_args.model_name_or_path, args.cache_dir)
     problems = check_arguments(model_args, data_args, args, lora_args, config)
-    if not isinstance(config, str) and not trained_set_problems(args, lora_args):
-        problems += _trainable_problems(config, args, lora_args)
-        if lora_args.lora_weight_path:
-            problems += _continued_problems(lora_args.lora_weight_path, model_args.model_name_or_path, args.cache_dir)
-    _stop_on(problems, "These settings cannot work:")
+    tokenizer = None
+    if not isinstance(config, str):
+        if not trained_set_problems(args, lora_args):
+            # of the room in a place that cannot be used, nothing is said
+            usable = args.output_dir and not any(problem.startswith("--output_dir ") for problem in problems)
+            problems += _trial_problems(model_args, args, lora_args, config, look_at_disk=bool(usable))
+        try:
+            tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
+        except ValueError as error:
+            problems += [f"--model_name_or_path {line}" for line in str(error).splitlines()]
+    _stop_on(list(dict.fromkeys(problems)), "These settings cannot work:")
     save_where_all_can_read(args)
 
-    tokenizer, problems = None, []
-    try:
-        tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
-    except ValueError as error:
-        problems = [f"--model_name_or_path {error}"]
-    _stop_on(problems, "The tokenizer cannot be used:")
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
     if lora_args.lora_weight_path:
@@ -113,6 +116,8 @@ def train(argv: list[str] | None = None) -> None:
     transformers.set_seed(args.seed)
     with explained(None, args, config):
         model = load_model(model_args, args, lora_args, config)
+    if not Path(model_args.model_name_or_path).is_dir():  # what was not here has been downloaded
+        _stop_on(_weight_problems(model_args, args, config)[0], "This model cannot be used:")
     group_elements = GROUP_ELEMENTS
     if checkpoint is not None:  # with the parameter groups that it was saved with: Trainer's own, where it says none
         group_elements = resolved_settings(checkpoint).get("param_group_elements")
@@ -209,15 +214,6 @@ def _compare_steps(checkpoint: str, args: TrainingArguments, train_samples: int)
                 "%s: %s were %s, now %s: order of the samples or random numbers are not those of the unbroken run",
                 *(checkpoint, what, then, now),
             )
-
-
-def _continued_problems(adapter: str, base: str, cache_dir: str | None) -> list[str]:
-    """Whether an adapter can be trained further on this base; weights are not loaded."""
-    try:
-        resolved_settings(adapter)
-        return other_base_problems(f"--model_name_or_path {base}", adapter, base, cache_dir)
-    except (OSError, ValueError) as error:
-        return [f"--lora_weight_path {adapter}: {error}"]
 
 
 def _compare_slicing(config: MiniCPMVConfig, adapter: str) -> None:
@@ -327,14 +323,10 @@ def prepare_trainable(model: MiniCPMV, args: TrainingArguments, lora_args: LoraA
 
 
 def _with_lora(model: MiniCPMV, lora_args: LoraArguments, in_float32: bool) -> PeftModel:
-    if lora_args.lora_weight_path and model.device.type == "meta":  # a trial of the settings, see _trainable_problems
-        peft_model = get_peft_model(
-            model, PeftConfig.from_pretrained(lora_args.lora_weight_path), autocast_adapter_dtype=in_float32
-        )
+    if lora_args.lora_weight_path and model.device.type == "meta":  # a trial of the settings, see _trial_problems
+        peft_model = empty_adapter(model, lora_args.lora_weight_path)
     elif lora_args.lora_weight_path:
-        peft_model = PeftModel.from_pretrained(
-            model, lora_args.lora_weight_path, is_trainable=True, autocast_adapter_dtype=in_float32
-        )
+        peft_model = load_lora(model, lora_args.lora_weight_path, trainable=True, in_float32=in_float32)
         load_extra_tensors(peft_model, lora_args.lora_weight_path)
     else:
         lora_config = LoraConfig(
@@ -354,27 +346,68 @@ def _with_lora(model: MiniCPMV, lora_args: LoraArguments, in_float32: bool) -> P
     return peft_model
 
 
-def _trainable_problems(config: MiniCPMVConfig, args: TrainingArguments, lora_args: LoraArguments) -> list[str]:
-    """Tries the settings on a model without weights, so that a wrong LoRA target shows before anything is loaded."""
-    with torch.device("meta"):
-        model = MiniCPMV(config)
+def _trial_problems(
+    model_args: ModelArguments,
+    args: TrainingArguments,
+    lora_args: LoraArguments,
+    config: MiniCPMVConfig,
+    look_at_disk: bool,
+) -> list[str]:
+    """Tries the settings on a model without values: whether the files hold the tensors that it needs, a LoRA target
+    matches, a checkpoint has room."""
+    base, adapter = model_args.model_name_or_path, lora_args.lora_weight_path
+    problems, model = _weight_problems(model_args, args, config)
+    if model is None:
+        return problems
+    try:
+        if adapter:
+            resolved_settings(adapter)
+            problems += other_base_problems(f"--model_name_or_path {base}", adapter, base, args.cache_dir)
+    except (OSError, ValueError) as error:
+        problems.append(f"--lora_weight_path {adapter}: {error}")
     try:
         model = prepare_trainable(model, args, lora_args)
     except (ValueError, TypeError, KeyError) as error:
-        return [f"LoRA cannot be set up: {error}"]
+        return [*problems, f"LoRA cannot be set up: {' '.join(str(error).split())}"]
+    if adapter:
+        why = misfit(adapter, adapter_fit(model, adapter, base)[1])
+        problems += [f"--lora_weight_path {why}"] if why else []
     if twice := _trained_twice(model):
-        return [
+        problems.append(
             f"--lora_target_modules: {len(twice)} matrices would be trained both in full and by LoRA ({twice[0]}): "
             "leave them out, or set the flag of their part to false (--tune_vision, --tune_resampler, "
             "--tune_embed_tokens)"
-        ]
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        return ["nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"]
+        problems.append(
+            "nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"
+        )
+        return problems
+    if look_at_disk:
+        problems += checkpoint_room_problem(model, args, base)
     try:
         transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
     except (ValueError, ImportError) as error:  # a package that it needs
-        return [f"--optim {args.optim.value}: {error}"]
-    return []
+        problems.append(f"--optim {args.optim.value}: {error}")
+    return problems
+
+
+def _weight_problems(
+    model_args: ModelArguments, args: TrainingArguments, config: MiniCPMVConfig
+) -> tuple[list[str], MiniCPMV | None]:
+    """Whether the files of weights, where they are here, hold the tensors that the configuration describes; and the
+    model without values."""
+    path = model_args.model_name_or_path
+    where = f"--model_name_or_path {path}"
+    try:
+        model = empty_model(config)
+    except ValueError as error:
+        return [f"{where}: {error}"], None
+    try:
+        found = described_weights(checkpoint_folder(path, args.cache_dir, download=False))
+    except (OSError, ValueError):  # of a folder `check_arguments` says it; of a name on the hub, not all is here yet
+        return [], model
+    return weight_problems(where, model, found), model
 
 
 def _trained_twice(model: torch.nn.Module) -> list[str]:
@@ -451,6 +484,7 @@ def _set_up_logging(args: TrainingArguments) -> None:
 def main() -> None:
     """Command line: problems found before training end in their message and exit status 1, without a traceback."""
     die_with_launcher()
+    say_threads()
     try:
         train()
         end_together()

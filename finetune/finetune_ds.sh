@@ -19,9 +19,10 @@ HERE="$(cd "$(dirname "$0")" && pwd)"
 DS_CONFIG="${DS_CONFIG-$HERE/ds_config_zero3.json}" # set to nothing: without DeepSpeed
 
 SAVE_STEPS="${SAVE_STEPS:-500}"
+# --model_max_length: 2048 tokens, or what the model takes, if that is less; another value behind the command.
 SETTINGS="
   --tune_llm true --tune_vision true
-  --model_max_length 2048 --num_train_epochs 1
+  --num_train_epochs 1
   --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1
   --learning_rate 5e-6 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine
   --gradient_checkpointing true

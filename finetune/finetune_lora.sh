@@ -19,10 +19,11 @@ HERE="$(cd "$(dirname "$0")" && pwd)"
 DS_CONFIG="${DS_CONFIG-$HERE/ds_config_zero2.json}" # set to nothing: without DeepSpeed
 
 SAVE_STEPS="${SAVE_STEPS:-500}"
+# --model_max_length: 2048 tokens, or what the model takes, if that is less; another value behind the command.
 SETTINGS="
   --use_lora true --lora_r 64 --lora_alpha 64 --lora_dropout 0.05
   --tune_vision true --tune_embed_tokens true
-  --model_max_length 2048 --num_train_epochs 3
+  --num_train_epochs 3
   --per_device_train_batch_size 1 --per_device_eval_batch_size 1 --gradient_accumulation_steps 1
   --learning_rate 1e-4 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine
   --gradient_checkpointing true

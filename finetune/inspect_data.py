@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from finetune.arguments import add_image_folder, at_home, load_config
+from finetune.arguments import add_image_folder, load_config, model_folder_problems
 from finetune.checks import Problem, Remarks, decode_pictures, report_problems, report_remarks, scan
 from finetune.data_files import load_samples
 from finetune.data_report import Card, write_report
@@ -33,6 +33,7 @@ from finetune.dataset import Measure, SampleError, SupervisedDataset, truncate
 from finetune.errors import shown
 from finetune.loading import load_tokenizer
 from finetune.minicpmv import LLM_TYPES, MiniCPMVConfig
+from finetune.places import at_home, output_problems
 
 CANDIDATE_LENGTHS = (512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)  # tokens
 LENGTH_STEP = 64  # tokens; the recommended length is rounded up to a multiple
@@ -182,7 +183,7 @@ def as_text(summary: dict) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     parser = argparse.ArgumentParser(
         description="Show what the model will see of training data; no GPU, no weights.", allow_abbrev=False
@@ -197,13 +198,19 @@ def main() -> None:
     parser.add_argument("--max_slice_nums", type=int, help="most slices of a picture; default: the checkpoint's")
     parser.add_argument("--num_workers", type=int, help="processes; default: as many as there are cores")
     parser.add_argument("--json", action="store_true", help="print JSON, for programs")
-    parser.add_argument("--report", type=Path, metavar="DIR", help="write DIR/report.html")
+    report = {"type": lambda path: Path(at_home(path)), "metavar": "DIR", "help": "write DIR/report.html"}
+    parser.add_argument("--report", **report)
     parser.add_argument("--cache_dir", help="folder for what is downloaded from the hub")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
 
     config = load_config(arguments.model_name_or_path, arguments.cache_dir)
     wrong = [config] if isinstance(config, str) else []
+    if not wrong:
+        wrong = model_folder_problems("--model_name_or_path", arguments.model_name_or_path, weights=False)
+    if arguments.report:
+        model = [("--model_name_or_path", arguments.model_name_or_path)]
+        wrong += output_problems("--report", arguments.report, model, around=False)
     for flag in ("model_max_length", "max_slice_nums"):
         if getattr(arguments, flag) is not None and getattr(arguments, flag) < 1:
             wrong.append(f"--{flag} {getattr(arguments, flag)}: expected 1 or more")
@@ -221,7 +228,7 @@ def main() -> None:
         try:
             tokenizer = load_tokenizer(arguments.model_name_or_path, arguments.cache_dir)
         except ValueError as error:
-            wrong.append(f"--model_name_or_path {error}")
+            wrong += [f"--model_name_or_path {line}" for line in str(error).splitlines()]
     if wrong:
         parser.exit(2, "".join(f"inspect_data.py: {line}\n" for line in wrong))
 
@@ -242,9 +249,12 @@ def main() -> None:
     else:
         sys.stdout.write(as_text(summary) + "\n")
     if arguments.report:
-        arguments.report.mkdir(parents=True, exist_ok=True)
         path = arguments.report / "report.html"
-        write_report(path, tokenizer, config.llm_type, summary, found.lengths(), found.slices(), found.cards())
+        try:
+            arguments.report.mkdir(parents=True, exist_ok=True)
+            write_report(path, tokenizer, config.llm_type, summary, found.lengths(), found.slices(), found.cards())
+        except OSError as error:  # such as a disk that is full
+            parser.exit(2, f"inspect_data.py: --report {arguments.report}: cannot be written: {error}\n")
         sys.stderr.write(f"wrote {path}\n")
     sys.exit(1 if found.problems else 0)
 

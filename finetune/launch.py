@@ -23,7 +23,8 @@ if __name__ == "__main__":
     os.environ["FINETUNE_LAUNCHER"] = str(os.getpid())  # for guards.die_with_launcher
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     processes = determine_local_world_size(parse_args(sys.argv[1:]).nproc_per_node)
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
+    if processes > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // processes)))
     # Under nohup; torchrun would put its own handler there. Windows has no SIGHUP.
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
         os.environ.setdefault("PET_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGQUIT")  # default of its flag

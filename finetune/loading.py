@@ -18,24 +18,44 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.loading_report import LoadStateDictInfo
 
 from finetune.minicpmv import MiniCPMV, MiniCPMVTokenizer, MiniCPMVTokenizerFast  # which also registers the models
-from finetune.safe_files import code_in
+from finetune.model_folder import (
+    ADAPTER_CONFIG_NAME,
+    ADAPTER_FILES,
+    EXTRA_WEIGHTS_NAME,
+    access_problem,
+    adapter_misfit,
+    adapter_problems,
+    checkpoint_problems,
+    content_problems,
+    describe,
+    missing_in_adapter,
+    tokenizer_problems,
+    unreadable,
+    weight_files,
+)
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 SETTINGS_NAME = "training_settings.json"
+# `tokenizer_class` of early copies, and the class that it stands for, where the name tells.
+EARLY_TOKENIZERS = {
+    "PreTrainedTokenizerFast": MiniCPMVTokenizerFast,
+    "PreTrainedTokenizerFastWrapper": MiniCPMVTokenizerFast,
+    "TokenizersBackend": MiniCPMVTokenizerFast,  # as transformers 5 calls the first
+    "LlamaTokenizer": MiniCPMVTokenizer,
+    "LlamaTokenizerFast": MiniCPMVTokenizer,
+    "LlamaTokenizerWrapper": MiniCPMVTokenizer,
+}
+CHAT_TOKENS = {MiniCPMVTokenizerFast: ("<|eot_id|>",), MiniCPMVTokenizer: ("<用户>", "<AI>")}
 MIB = 2**20
 SAMPLED_TENSORS, SAMPLED_VALUES = 16, 8
 
@@ -57,12 +77,12 @@ def load_finetuned(
             into the memory of the GPUs; when a file is damaged, or could not be loaded without executing what lies in
             it.
     """
-    is_adapter = Path(folder, ADAPTER_CONFIG_NAME).is_file()
+    if why := access_problem(folder):
+        raise ValueError(f"{folder}: {why}")
+    is_adapter = os.path.lexists(Path(folder, ADAPTER_CONFIG_NAME))
+    check_folders([folder] if is_adapter else [], None if is_adapter else folder)
     checkpoint = (base or base_of_adapter(folder)) if is_adapter else folder
-    problems = missing_in_adapter(folder) if is_adapter else []
-    problems += [p for place in dict.fromkeys([folder, checkpoint]) for p in weights_with_code(place)]
-    if problems:
-        raise ValueError("\n".join(problems))
+    check_folders([], checkpoint)
     slices = trained_slices(folder) if is_adapter else None
     tokenizer = load_tokenizer(folder, kwargs.get("cache_dir"), checkpoint)
     model = load_base([folder] if is_adapter else [], checkpoint, **kwargs)
@@ -72,6 +92,19 @@ def load_finetuned(
         if slices is not None:  # the base's config knows nothing of how many the adapter was trained with
             model.get_base_model().config.set_max_slice_nums(slices)
     return model.eval(), tokenizer
+
+
+def check_folders(adapters: Sequence[str | os.PathLike], checkpoint: str | os.PathLike | None = None) -> None:
+    """Whether adapters and a checkpoint have all their files, each of them whole; of a name on the hub nothing is said.
+
+    Raises:
+        ValueError: with all that is wrong, one line each.
+    """
+    problems = [problem for folder in adapters for problem in adapter_problems(folder)]
+    if checkpoint is not None and (access_problem(checkpoint) or Path(checkpoint).is_dir()):
+        problems += checkpoint_problems(checkpoint)
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def load_checkpoint(path: str | os.PathLike, **kwargs) -> MiniCPMV:
@@ -112,8 +145,8 @@ def load_base(adapters: Sequence[str | os.PathLike], base: str | os.PathLike, **
     """`load_checkpoint` for the base of adapters (or for a checkpoint, with none).
 
     Raises:
-        ValueError: also when an adapter was trained on another base, before anything is loaded where the base's files
-            are here.
+        ValueError: also when an adapter was trained on another base or does not fit it, before anything is loaded where
+            the base's files are here.
     """
 
     def check() -> None:
@@ -121,6 +154,13 @@ def load_base(adapters: Sequence[str | os.PathLike], base: str | os.PathLike, **
         if problems := [p for adapter in adapters for p in other_base_problems(str(base), adapter, base, *hub)]:
             raise ValueError("\n".join(problems))
 
+    if Path(base).is_dir():
+        config = AutoConfig.from_pretrained(base, trust_remote_code=False)
+        problems = content_problems(str(base), base, config)
+        if not problems:  # what an adapter fits can only be seen on a base that is whole
+            problems = [why for adapter in adapters if (why := adapter_misfit(adapter, str(base), config))]
+        if problems:
+            raise ValueError("\n".join(problems))
     check()
     model = load_checkpoint(base, **kwargs)
     if not Path(base).is_dir():  # what was not here has been downloaded
@@ -184,8 +224,10 @@ def base_of_adapter(folder: str | os.PathLike) -> str:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no adapter configuration: {error}") from error
+    if why := access_problem(base) if isinstance(base, str) else None:
+        raise ValueError(f"{folder}: is an adapter for the base model {base}, which {why}")
     if kind != "LORA" or not isinstance(base, str):
         raise ValueError(f"{path}: expected peft_type LORA and base_model_name_or_path, found {kind} and {base!r}")
     if not Path(base).is_dir() and not is_hub_name(base):
@@ -201,43 +243,38 @@ def is_hub_name(path: str) -> bool:
     return re.fullmatch(r"[^./~\\][^/\\]*/[^/\\]+", path) is not None
 
 
-def missing_in_adapter(folder: str | os.PathLike) -> list[str]:
-    """The files of weights that an adapter folder lacks, one line each; or that it is another kind of adapter, for some
-    of which PEFT would fetch from the hub what their configuration names."""
-    problems = []
-    with suppress(OSError, ValueError, AttributeError):  # named by those who need more of it
-        kind = json.loads(Path(folder, ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("peft_type")
-        if kind != "LORA":
-            return [f"{Path(folder, ADAPTER_CONFIG_NAME)}: peft_type is {kind!r}, expected LORA"]
-    if not any(Path(folder, name).is_file() for name in ADAPTER_FILES):
-        problems.append(f"{Path(folder, ADAPTER_FILES[0])} is missing: the folder holds no LoRA matrices")
-    if not Path(folder, EXTRA_WEIGHTS_NAME).is_file():
-        problems.append(
-            f"{Path(folder, EXTRA_WEIGHTS_NAME)} is missing: the folder holds an adapter without the other trained "
-            "weights"
-        )
-    return problems
+def load_lora(
+    model: MiniCPMV | PeftModel,
+    folder: str | os.PathLike,
+    name: str = "default",
+    trainable: bool = False,
+    in_float32: bool = True,
+) -> PeftModel:
+    """Put the LoRA matrices of an adapter folder into a model, under a name: frozen and in evaluation mode, or to be
+    trained on.
 
+    Not by `PeftModel.from_pretrained`, which says nothing of matrices that the model has no place for, and only warns
+    of those that are missing.
 
-def load_lora(model: MiniCPMV | PeftModel, folder: str | os.PathLike, name: str = "default") -> PeftModel:
-    """Put the LoRA matrices of an adapter folder into a model, frozen and in evaluation mode, under a name.
-
-    Not by `PeftModel.from_pretrained`, which says nothing of matrices that the model has no place for.
+    Args:
+        in_float32: matrices in half precision become float32.
 
     Raises:
         ValueError: when they are not those that the model needs, in name or shape, or their file is damaged.
     """
     config = PeftConfig.from_pretrained(folder)
-    config.inference_mode = True
+    config.inference_mode = not trainable
     try:
         with warnings.catch_warnings():
             # PEFT (0.21) warns of names that are a part of "lora_", such as "a"; what it loads is looked at below.
             warnings.filterwarnings("ignore", message="Adapter name .* should not be contained in the prefix")
             if not isinstance(model, PeftModel):
-                model = PeftModelForCausalLM(model, config, name)
-            found = model.load_adapter(folder, name, torch_device="cpu")  # from there to where each layer is
+                model = PeftModelForCausalLM(model, config, name, autocast_adapter_dtype=in_float32)
+            found = model.load_adapter(  # to the CPU, and from there to where each layer is
+                folder, name, torch_device="cpu", is_trainable=trainable, autocast_adapter_dtype=in_float32
+            )
     except SafetensorError as error:
-        raise _unreadable(Path(folder, ADAPTER_FILES[0]), error) from error
+        raise unreadable(Path(folder, ADAPTER_FILES[0]), error) from error
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()
         raise ValueError(f"{folder}: the adapter does not fit its base model: {' '.join(reason[:3])}") from error
@@ -259,25 +296,44 @@ def load_tokenizer(path: str | os.PathLike, cache_dir: str | None = None, base: 
         base: of an adapter, in place of what its `adapter_config.json` says.
 
     Raises:
-        ValueError: when it is missing or of another kind, which may be code that lies in the checkpoint.
+        ValueError: when it is missing, damaged or of another kind, which may be code that lies in the checkpoint.
     """
     if Path(path, ADAPTER_CONFIG_NAME).is_file() and not Path(path, "tokenizer_config.json").is_file():
         path = base or base_of_adapter(path)
+    if problems := tokenizer_problems(path):
+        raise ValueError("\n".join(problems))
     expected = "expected tokenizer_class MiniCPMVTokenizer or MiniCPMVTokenizerFast in tokenizer_config.json"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: the tokenizer cannot be loaded: {error}; {expected}") from error
+        kind = tokenizer_kind(path, cache_dir)
+        tokenizer = (kind or AutoTokenizer).from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+    except Exception as error:  # the libraries in Rust and C++ that read its files raise errors of many kinds
+        raise ValueError(
+            f"{path}: the tokenizer cannot be loaded: {' '.join(str(error).split())}; {expected}"
+        ) from error
     if not isinstance(tokenizer, MiniCPMVTokenizer | MiniCPMVTokenizerFast):
         raise ValueError(f"{path}: has a tokenizer of another kind, read as {type(tokenizer).__name__}; {expected}")
+    needed = [tokenizer.im_start, tokenizer.im_end, tokenizer.unk, *CHAT_TOKENS[kind]] if kind else []
+    if lacking := [token for token in needed if token not in tokenizer.get_vocab()]:
+        raise ValueError(f"{path}: has a tokenizer of another kind, which lacks {', '.join(lacking)}; {expected}")
     return tokenizer
 
 
-def weights_with_code(folder: str | os.PathLike) -> list[str]:
-    """`code_in` for the files that loading a checkpoint or adapter would read its weights from; nothing for a hub name,
-    whose files PyTorch itself refuses when they are read."""
-    pickled = [] if any(Path(folder).glob("*.safetensors")) else ["pytorch_model*.bin", "adapter_model.bin"]
-    return code_in(folder, *pickled, EXTRA_WEIGHTS_NAME)
+def tokenizer_kind(
+    path: str | os.PathLike, cache_dir: str | None = None
+) -> type[MiniCPMVTokenizer] | type[MiniCPMVTokenizerFast] | None:
+    """The class for the tokenizer of early copies of both checkpoints, whose `tokenizer_class` is one of transformers'
+    own, or a wrapper of it that lay in their code, or not said; None where it is ours, or is none of these."""
+    named = get_tokenizer_config(path, cache_dir=cache_dir).get("tokenizer_class")
+    if named is not None and named not in EARLY_TOKENIZERS:
+        return None
+    with suppress(OSError, ValueError, AttributeError):  # an adapter's folder has no config.json
+        config = AutoConfig.from_pretrained(path, cache_dir=cache_dir, trust_remote_code=False)
+        return MiniCPMVTokenizerFast if config.llm_type == "llama3" else MiniCPMVTokenizer
+    if named is not None:
+        return EARLY_TOKENIZERS[named]
+    if Path(path, "tokenizer.json").is_file():
+        return MiniCPMVTokenizerFast
+    return MiniCPMVTokenizer if Path(path, "tokenizer.model").is_file() else None
 
 
 def resolved_settings(folder: str | os.PathLike) -> dict:
@@ -418,31 +474,6 @@ def _load_in_parts(
     return LoadStateDictInfo(places.keys() - found, found - places.keys(), mismatched, [], {}, set()), None
 
 
-def weight_files(folder: str | os.PathLike) -> list[Path]:
-    """The files that a checkpoint's weights are in; of several kinds, those that transformers would read.
-
-    Raises:
-        ValueError: when there are none, or files that an index names are missing.
-    """
-    folder = Path(folder)
-    for whole, index in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        if (folder / whole).is_file():
-            return [folder / whole]
-        if not (folder / index).is_file():
-            continue
-        try:
-            names = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [name for name in names if Path(name).name != name or not (folder / name).is_file()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{folder / index}: is no index of weights ({error!r})") from error
-        if missing or not names:
-            found = f"names files that are not beside it: {', '.join(missing[:5])}" if missing else "names no file"
-            raise ValueError(f"{folder / index}: {found}")
-        return [folder / name for name in names]
-    expected = ", ".join((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME))
-    raise ValueError(f"{folder}: holds no weights; expected one of {expected}")
-
-
 def checkpoint_folder(
     path: str | os.PathLike, cache_dir: str | None = None, revision: str | None = None, download: bool = True
 ) -> Path:
@@ -484,25 +515,6 @@ def _spread(values, most: int):
     return flat[:: max(1, len(flat) // most)][:most]
 
 
-def describe(file: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint file by name, on the device "meta": shapes and dtypes, no values.
-
-    Raises:
-        ValueError: when the file is damaged, or holds code.
-    """
-    try:
-        if str(file).endswith(".safetensors"):
-            with safe_open(file, framework="pt") as tensors:  # mapped, not read
-                return {name: tensors.get_tensor(name).to("meta") for name in tensors.keys()}  # noqa: SIM118
-        return torch.load(file, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except (SafetensorError, RuntimeError, EOFError, ValueError, UnpicklingError) as error:
-        raise _unreadable(file, error) from error
-
-
-def _unreadable(file: str | os.PathLike, error: Exception) -> ValueError:
-    return ValueError(f"{file}: cannot be read ({error}); copy or download it anew")
-
-
 def tensor_reader(file: str | os.PathLike) -> Callable[[str], torch.Tensor]:
     """A function that reads a tensor of a checkpoint file by name.
 
@@ -517,7 +529,7 @@ def tensor_reader(file: str | os.PathLike) -> Callable[[str], torch.Tensor]:
             with safe_open(file, framework="pt") as tensors:
                 return tensors.get_tensor(name)
         except SafetensorError as error:
-            raise _unreadable(file, error) from error
+            raise unreadable(file, error) from error
 
     def from_zip(name: str) -> torch.Tensor:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)[name]

@@ -24,6 +24,13 @@ logger = logging.getLogger("finetune")
 PATIENCE = 2.0  # seconds for a file of another node to appear on a shared disk
 
 
+def say_threads() -> None:
+    """Say in the environment how many threads this process has, or accelerate (1.15) would set and announce another
+    number for processes that torchrun starts on CPUs."""
+    if "LOCAL_RANK" in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
+
+
 def node_count() -> int:
     """Nodes of this run."""
     if not torch.distributed.is_initialized():

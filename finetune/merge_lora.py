@@ -18,9 +18,8 @@ import os
 import shlex
 import shutil
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -28,43 +27,50 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers.dynamic_module_utils import custom_object_save
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME
 
-from finetune.arguments import DTYPES, at_home, load_config
+from finetune.arguments import DTYPES, load_config, model_folder_problems
 from finetune.checkpoints import MANIFEST, copy_processor, write_manifest
 from finetune.errors import UserError
 from finetune.loading import (
-    ADAPTER_FILES,
-    EXTRA_WEIGHTS_NAME,
     SETTINGS_NAME,
     checkpoint_folder,
-    describe,
     load_tokenizer,
-    missing_in_adapter,
     other_base_problems,
     read_record,
     recorded_weights,
     resolved_settings,
     tensor_reader,
-    weight_files,
-    weights_with_code,
 )
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.minicpmv.modeling_minicpmv import AUTO_MAP
 from finetune.model_card import write_card
+from finetune.model_folder import (
+    ADAPTER_CONFIG_NAME,
+    HEAD,
+    access_problem,
+    adapter_fit,
+    adapter_problems,
+    checkpoint_problems,
+    describe,
+    empty_adapter,
+    empty_model,
+    weight_files,
+    weight_problems,
+)
+from finetune.places import at_home, contains, model_conflicts, writing_problem
 from finetune.reporting import write_settings
-from finetune.safe_files import code_in
 
 logger = logging.getLogger("finetune")
 
 ADAPTER = "default"  # peft's name for the one adapter of a model
-HEAD, EMBEDDINGS = "llm.lm_head.weight", "llm.model.embed_tokens.weight"
+EMBEDDINGS = "llm.model.embed_tokens.weight"
 MARK = ".merge_lora"  # lies in an unfinished output folder, which the next call may delete
 ROOM_FOR_THE_REST = 64 * 2**20  # bytes: tokenizer, code, configuration
 AT_ONCE = 2**20  # elements; rounding is measured in parts of this size
@@ -104,7 +110,9 @@ def merge(
         UserError: with all problems, before any tensor is read; when the output cannot be written, or a merged value
             does not fit the dtype.
     """
-    problems = [*_output_problems(Path(output)), *_shard_problems(max_shard_size)]
+    adapter, output = at_home(os.fspath(adapter)), at_home(os.fspath(output))
+    read = [("--adapter", adapter), ("--base", _base_of(adapter) if base is None else base)]
+    problems = [*_output_problems(Path(output), read), *_shard_problems(max_shard_size)]
     own = _adapter_problems(Path(adapter))
     problems += own
     peft_config = None if own else _adapter_config(Path(adapter), problems)
@@ -146,8 +154,9 @@ def modernize(
     Raises:
         UserError: with all problems.
     """
-    problems = _output_problems(Path(output))
-    if Path(source, "adapter_config.json").is_file():
+    source, output = at_home(os.fspath(source)), at_home(os.fspath(output))
+    problems = _output_problems(Path(output), [("--modernize", source)])
+    if not access_problem(source) and Path(source, ADAPTER_CONFIG_NAME).is_file():
         problems.append(f"--modernize {source}: is an adapter; merge it with --adapter {source}")
         _stop_on(problems)
     config = load_config(str(source), cache_dir, "--modernize")
@@ -156,18 +165,15 @@ def modernize(
     files, tokenizer, folder = [], None, Path(source)
     try:
         folder = checkpoint_folder(source, cache_dir)
-        tokenizer = load_tokenizer(folder)
-        files = weight_files(folder)
+        wrong = model_folder_problems("--modernize", str(folder))
+        if not wrong:
+            tokenizer = load_tokenizer(folder)
+            files = weight_files(folder)
+            found = {name: tensor for file in files for name, tensor in describe(file).items()}
+            wrong = _weight_problems(f"--modernize {source}", config, found)
+        problems += wrong
     except (OSError, ValueError) as error:
         problems.append(f"--modernize {source}: {error}")
-    pickled = [file.name for file in files if file.suffix != ".safetensors"]
-    with_code = code_in(folder, *pickled) if pickled else []
-    problems += with_code
-    damaged = [] if with_code else [problem for file in files if (problem := _damage(file))]
-    problems += damaged
-    if files and not with_code and not damaged:
-        found = {name: tensor for file in files for name, tensor in describe(file).items()}
-        problems += _weight_problems(f"--modernize {source}", MiniCPMV, config, found)
     _stop_on(problems)
     links = {"hard link": 0, "symbolic link": 0}
     with _written_aside(Path(output), 0) as aside:
@@ -265,21 +271,17 @@ class _Merge:
             return None
         try:
             folder = checkpoint_folder(base_name, cache_dir, None if named else peft_config.revision)
+            if wrong := checkpoint_problems(folder):
+                problems += [f"{flag} {problem}" for problem in wrong]
+                return None
             files = weight_files(folder)
+            found = {name: (file, tensor) for file in files for name, tensor in describe(file).items()}
+            wrong = _weight_problems(
+                f"{flag} {base_name}", config, {name: tensor for name, (_, tensor) in found.items()}
+            )
         except (OSError, ValueError) as error:
             problems.append(f"{flag} {base_name}: {error}")
             return None
-        if with_code := weights_with_code(folder):
-            problems += with_code
-            return None
-        own_files = [adapter / EXTRA_WEIGHTS_NAME, _matrices(adapter)]
-        if damaged := [problem for file in (*files, *own_files) if (problem := _damage(file))]:
-            problems += damaged
-            return None
-        found = {name: (file, tensor) for file in files for name, tensor in describe(file).items()}
-        wrong = _weight_problems(
-            f"{flag} {base_name}", MiniCPMV, config, {name: tensor for name, (_, tensor) in found.items()}
-        )
         problems += wrong or other_base_problems(f"{flag} {base_name}", adapter, folder)
         if not recorded_weights(adapter):
             why = "records no values of its base" if (adapter / SETTINGS_NAME).is_file() else "is missing"
@@ -289,15 +291,11 @@ class _Merge:
             tokenizer = load_tokenizer(adapter, base=folder)
         except ValueError as error:
             problems.append(str(error))
-        with torch.device("meta"):
-            model = MiniCPMV(config)
+        model = empty_model(config)
         own = {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name in found}
-        peft_config.base_model_name_or_path = model.name_or_path  # of which PEFT would warn that it changes
         try:
-            with torch.device("meta"), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # what they say is looked at here, and stops the merge
-                network = get_peft_model(model, peft_config, autocast_adapter_dtype=False)
-        except (ValueError, TypeError, KeyError, RuntimeError) as error:
+            network = empty_adapter(model, adapter)
+        except ValueError as error:
             problems.append(f"{adapter}: the adapter does not fit {base_name}: {error}")
             return None
         without = [
@@ -307,20 +305,8 @@ class _Merge:
         ]
         if without:
             problems.append(f"{adapter}: has LoRA biases (lora_bias) for layers without one: {', '.join(without[:5])}")
-        adapter_sources = _adapter_sources(network, adapter, base_name, problems)
-        parameters = dict(network.named_parameters(remove_duplicate=False))
-        extra = adapter / EXTRA_WEIGHTS_NAME
-        extra_sources = {}
-        for name, tensor in describe(extra).items():
-            if name not in parameters:
-                problems.append(f"{extra}: holds {name}, which {base_name} with this adapter does not have")
-            elif parameters[name].shape != tensor.shape:
-                problems.append(
-                    f"{extra}: {name} has shape {tuple(tensor.shape)}, in {base_name} with this adapter "
-                    f"{tuple(parameters[name].shape)}"
-                )
-            else:
-                extra_sources[id(parameters[name])] = (extra, name)
+        adapter_sources, misfits = adapter_fit(network, adapter, base_name)
+        problems += misfits
         if problems:
             return None
         base_sources = {id(tensor): (found[name][0], name) for name, tensor in own.items()}
@@ -331,7 +317,7 @@ class _Merge:
             config=config,
             tokenizer=tokenizer,
             network=network,
-            sources=base_sources | adapter_sources | extra_sources,
+            sources=base_sources | adapter_sources,
             base_sources=base_sources,
             outputs={},
             dtypes={},
@@ -425,7 +411,10 @@ class _Merge:
     def _value(self, place: torch.Tensor, sources: dict[int, tuple[Path, str]]) -> torch.Tensor:
         """Of a parameter of the network, in the dtype that it is stored in."""
         file, name = sources[id(place)]
-        return tensor_reader(file)(name)
+        try:
+            return tensor_reader(file)(name)
+        except (OSError, ValueError, RuntimeError) as error:  # since it was looked at; or its disk fails
+            raise UserError(f"{file}: cannot be read: {error}; nothing is written") from error
 
     def _base_value(self, name: str) -> torch.Tensor:
         """The base's tensor in whose place peft put one of its own (modules_to_save)."""
@@ -447,9 +436,11 @@ def _original(network: PeftModel, name: str) -> str:
 
 def _adapter_problems(adapter: Path) -> list[str]:
     """What is missing in an adapter folder, or what else the folder is."""
+    if why := access_problem(adapter):
+        return [f"--adapter {adapter}: {why}"]
     if not adapter.is_dir():
         return [f"--adapter {adapter}: there is no such folder"]
-    if not (adapter / "adapter_config.json").is_file():
+    if not os.path.lexists(adapter / ADAPTER_CONFIG_NAME):
         inside = sorted(path.parent.name for path in adapter.glob("checkpoint-*/adapter_config.json"))
         if inside:
             found = f"is no adapter, but holds {', '.join(inside)}; name one of them"
@@ -459,8 +450,7 @@ def _adapter_problems(adapter: Path) -> list[str]:
             names = sorted(path.name for path in adapter.iterdir())
             found = f"is no adapter; expected adapter_config.json, found {', '.join(names[:5]) or 'nothing'}"
         return [f"--adapter {adapter}: {found}"]
-    problems = weights_with_code(adapter)
-    problems += [f"--adapter {problem}" for problem in missing_in_adapter(adapter)]
+    problems = [f"--adapter {problem}" for problem in adapter_problems(adapter)]
     try:
         resolved_settings(adapter)
     except ValueError as error:
@@ -493,62 +483,13 @@ def _adapter_config(adapter: Path, problems: list[str]) -> LoraConfig | None:
     return config
 
 
-def _matrices(adapter: Path) -> Path:
-    return next(adapter / name for name in ADAPTER_FILES if (adapter / name).is_file())
-
-
-def _damage(file: Path) -> str | None:
-    """Why a file of weights cannot be read; files that hold code have been sorted out before."""
-    try:
-        describe(file)
-    except OSError as error:
-        return f"{file}: cannot be read ({error})"
-    except ValueError as error:  # names the file
-        return str(error)
-    return None
-
-
-def _adapter_sources(
-    network: PeftModel, adapter: Path, base_name: str, problems: list[str]
-) -> dict[int, tuple[Path, str]]:
-    """Where the values of the adapter's parameters are, by id. What fits none, or is missing, goes to `problems`."""
-    file = _matrices(adapter)
-    state = network.state_dict(keep_vars=True)
-    wanted = get_peft_model_state_dict(network, state_dict=state, adapter_name=ADAPTER, save_embedding_layers=False)
-    found = describe(file)
-    if missing := [name for name in wanted if name not in found]:
-        problems.append(f"{file}: lacks {len(missing)} of the tensors of its settings: {', '.join(missing[:5])}")
-    places = state | wanted  # PEFT saves embeddings that have LoRA matrices with them, under their whole name
-    for name, tensor in found.items():
-        if name not in places:
-            problems.append(f"{file}: holds {name}, which {base_name} has no place for")
-        elif places[name].shape != tensor.shape:
-            problems.append(
-                f"{file}: {name} has shape {tuple(tensor.shape)}, on {base_name} it would have "
-                f"{tuple(places[name].shape)}"
-            )
-    return {id(places[name]): (file, name) for name in found if name in places}
-
-
-def _weight_problems(
-    where: str, kind: type[MiniCPMV], config: MiniCPMVConfig, found: dict[str, torch.Tensor]
-) -> list[str]:
-    """Whether a checkpoint's weights are those that its configuration describes; values are not looked at."""
-    with torch.device("meta"):
-        expected = kind(config).state_dict()
-    if config.tie_word_embeddings:
-        expected.pop(HEAD)
-    problems = []
-    if missing := [name for name in expected if name not in found]:
-        problems.append(f"{where}: lacks {len(missing)} tensors of its config.json: {', '.join(missing[:5])}")
-    for name, tensor in expected.items():
-        if name in found and found[name].shape != tensor.shape:
-            problems.append(
-                f"{where}: {name} has shape {tuple(found[name].shape)}, by its config.json {tuple(tensor.shape)}"
-            )
+def _weight_problems(where: str, config: MiniCPMVConfig, found: dict[str, torch.Tensor]) -> list[str]:
+    """`weight_problems`; tensors that are not the model's are left out, with a warning."""
+    model = empty_model(config)
+    expected = model.state_dict()
     if further := [name for name in found if name not in expected and name != HEAD]:
         logger.warning("%s: leaves out %d tensors that are not the model's: %s", where, len(further), further[:5])
-    return problems[:10]
+    return weight_problems(where, model, found)
 
 
 def _merged_settings(adapter: Path, dtype: torch.dtype | None) -> dict:
@@ -600,7 +541,23 @@ def _compare(file: Path, tensors: dict[str, torch.Tensor]) -> None:
             raise UserError(f"{file}: {name} was not written well; try again")
 
 
-def _output_problems(output: Path) -> list[str]:
+def _base_of(adapter: str) -> str | None:
+    """What an adapter names as its base, for comparison alone: what is wrong with it, others say."""
+    with suppress(OSError, ValueError, AttributeError):
+        return json.loads(Path(adapter, ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    return None
+
+
+def _output_problems(output: Path, read: Sequence[tuple[str, str | os.PathLike | None]]) -> list[str]:
+    """What is wrong with the place of the output.
+
+    Args:
+        read: flags with the folders that the call reads.
+    """
+    if conflicts := model_conflicts("--output", output, read):
+        return conflicts
+    if why := access_problem(output):
+        return [f"--output {output}: {why}"]
     if output.is_dir() and os.path.ismount(output.resolve()):
         return [f"--output {output}: is where a disk is mounted, which cannot be replaced; name a folder within it"]
     if output.is_file():
@@ -610,7 +567,8 @@ def _output_problems(output: Path) -> list[str]:
     aside = _aside(output)
     if aside.exists() and not (aside / MARK).is_file():
         return [f"--output {output}: is written as {aside} first, which exists and is not ours; move it away"]
-    return []
+    why = writing_problem(output.parent)
+    return [f"--output {output}: its folder {why}"] if why else []
 
 
 def _shard_problems(max_shard_size: str) -> list[str]:
@@ -659,33 +617,38 @@ def _written_aside(output: Path, size: int) -> Iterator[Path]:
         (aside / MANIFEST).unlink()
         (aside / MARK).unlink()
         os.replace(aside, output)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
+        read = getattr(error, "filename", None)
+        # A copy that finds the disk full names the file that it reads first, and the one that it writes second.
+        written = read is None or getattr(error, "filename2", None) is not None
+        if not (written or contains(aside, read) or contains(read, output)):
+            raise UserError(f"{read}: cannot be read: {error.strerror}; nothing is written") from error
         raise UserError(f"--output {output}: cannot be written: {error}") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line: whatever is wrong ends in its message and exit status 1, without a traceback."""
     parser = argparse.ArgumentParser(
         description="Merge an adapter into its base, or put our model code beside an original checkpoint.",
         allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--adapter", help="result folder of a LoRA run, or a checkpoint-N of it")
+    what.add_argument("--adapter", type=at_home, help="result folder of a LoRA run, or a checkpoint-N of it")
     what.add_argument(
         "--modernize", metavar="MODEL", type=at_home, help="original checkpoint: a folder, or its name on the hub"
     )
-    parser.add_argument("--output", required=True, help="folder to write, new or empty")
+    parser.add_argument("--output", required=True, type=at_home, help="folder to write, new or empty")
     parser.add_argument(
         "--base", type=at_home, help="the adapter's base: folder or hub name; default: as adapter_config.json says"
     )
     parser.add_argument("--max_shard_size", help="most bytes in a file of weights, such as 500MB; default: 5GB")
     parser.add_argument("--dtype", choices=("auto", *DTYPES), help="of the merged weights; auto: as the base has them")
     parser.add_argument("--cache_dir", help="folder for what is downloaded from the hub")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING, format="merge_lora.py: %(message)s")
     try:
         if arguments.modernize is not None:

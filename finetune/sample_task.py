@@ -17,6 +17,7 @@ import logging
 import random
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -61,8 +62,10 @@ def write_task(output: Path, train: int, held_out: int, side: int, seed: int) ->
     """Write `train.json`, `held_out.json` and their pictures.
 
     Raises:
-        ValueError: when the folder already holds files.
+        ValueError: when the folder is a file or already holds files.
     """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a folder, new or empty")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; nothing is overwritten, name another folder")
     (output / "images").mkdir(parents=True)
@@ -125,7 +128,7 @@ def score(model_folder: Path, task: Path) -> float:
     return sum(map(sum, right.values())) / sum(map(len, right.values()))
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logger.setLevel(logging.INFO)
@@ -139,7 +142,7 @@ def main() -> None:
         "--score", metavar="MODEL_FOLDER", type=Path, help="score this model instead of writing the task"
     )
     parser.add_argument("--at_least", type=float, default=0.0, help="with --score: exit status 1 below this accuracy")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.score:
         accuracy = score(arguments.score, arguments.output)
         logger.info("accuracy %.2f", accuracy)
@@ -148,7 +151,7 @@ def main() -> None:
         return
     try:
         write_task(arguments.output, arguments.train, arguments.held_out, arguments.side, arguments.seed)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.exit(1, f"sample_task: {error}\n")
     logger.info(
         "wrote %d + %d samples (training, held-out) to %s", arguments.train, arguments.held_out, arguments.output

@@ -769,3 +769,31 @@ def test_the_history_has_a_place_of_its_own_where_that_is_named(tmp_path, monkey
         readline.clear_history()
     file = tmp_path / "state" / "finetune_chat_history"
     assert file.read_text() == "question 0\nquestion 1\n" and file.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("positions", [256, 512, 1024, 4096])
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_defaults_fit_the_model(tiny, place, tmp_path, capsys, llm_type, positions):
+    """Only what is given can be too much."""
+    model = shutil.copytree(tiny[llm_type], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+    call = ("--model", model, "--question", QUESTION, "--image", place / "red.png", "--json", *GREEDY)
+    status, out, err = run(capsys, *call)
+    settings = json.loads(out)["settings"]
+    assert status == 0 and json.loads(out)["answer_tokens"] > 0 and "in place of" not in err
+    assert settings["max_inp_length"] == min(2048, positions)
+    assert settings["max_new_tokens"] == min(1024, positions // 2)
+    status, _, err = run(capsys, *call, "--max_inp_length", positions + 1)
+    assert status == 2 and f"--max_inp_length {positions + 1}: " in err and "--max_new_tokens" not in err
+    status, _, err = run(capsys, *call, "--max_new_tokens", positions)
+    assert status == 2 and f"--max_new_tokens {positions}: " in err and "--max_inp_length" not in err
+
+
+def test_a_prompt_that_is_more_than_the_model_takes(tiny, tmp_path, capsys):
+    """Nothing is said of a flag that could not help."""
+    model = shutil.copytree(tiny["llama3"], tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
+    status, _, err = run(capsys, "--model", model, "--question", "What? " * 200, *GREEDY)
+    assert status == 1 and "and the model takes 256, prompt and answer together" in err and "raise it" not in err

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import warnings
@@ -27,8 +28,7 @@ from finetune.arguments import (
 )
 from finetune.checks import usable_cpus
 from finetune.errors import UserError
-from finetune.finetune import _trainable_problems as trainable_problems
-from finetune.finetune import load_model, prepare_trainable, train
+from finetune.finetune import _trial_problems, load_model, prepare_trainable, train
 from finetune.minicpmv import MiniCPMV
 from finetune.reporting import parameter_table, plot_history
 
@@ -105,13 +105,19 @@ def test_which_layers_get_lora(given, flags, expected):
     assert all((".vpm." in name) == ("vpm" in flags) for name in adapted)
 
 
+def trial_problems(model_args, training, lora) -> list[str]:
+    """What a trial of the settings on a model without values finds."""
+    config = load_config(model_args.model_name_or_path)
+    return _trial_problems(model_args, training, lora, config, look_at_disk=False)
+
+
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
 @pytest.mark.parametrize("vision", ["true", "false"])
 def test_all_linear_is_the_language_model_and_the_other_parts_obey_their_flags(given, tiny, llm_type, vision):
     """No matrix is trained both in full and by LoRA; the resampler's are in full, the tower's in full or not at all."""
     flags = ("--use_lora", "true", "--lora_target_modules", "all-linear", "--tune_vision", vision)
     (model_args, _, training, lora), problems = given("--model_name_or_path", tiny[llm_type], *flags)
-    assert problems == [] and trainable_problems(load_config(model_args.model_name_or_path), training, lora) == []
+    assert problems == [] and trial_problems(model_args, training, lora) == []
     with torch.device("meta"):
         plain = MiniCPMV(load_config(model_args.model_name_or_path))
         model = prepare_trainable(MiniCPMV(plain.config), training, lora)
@@ -146,14 +152,13 @@ def test_full_training_and_lora_of_one_matrix_is_refused(given, targets, flag, f
     """Also where an adapter that has LoRA there is trained on."""
     flags = ("--use_lora", "true", "--lora_target_modules", targets)
     (model_args, _, training, lora), problems = given(*flags)
-    config = load_config(model_args.model_name_or_path)
-    [problem] = trainable_problems(config, training, lora)
+    [problem] = trial_problems(model_args, training, lora)
     assert problems == [] and "both in full and by LoRA" in problem and first in problem and flag in problem
     (_, _, frozen, _), _ = given(*flags, flag, "false")
-    assert trainable_problems(config, frozen, lora) == []
+    assert trial_problems(model_args, frozen, lora) == []
     adapter = write_adapter(Path(model_args.model_name_or_path), tmp_path / "adapter", *flags, flag, "false")
     (_, _, training, lora), _ = given("--use_lora", "true", "--lora_weight_path", adapter)
-    assert "both in full and by LoRA" in trainable_problems(config, training, lora)[0]
+    assert "both in full and by LoRA" in trial_problems(model_args, training, lora)[0]
 
 
 def test_layer_replication(given, tmp_path):
@@ -651,3 +656,28 @@ def test_loss_picture(tmp_path):
 def test_no_word_of_a_path_of_this_machine():
     for file in [ROOT / "README.md", *FINETUNE.rglob("*.py"), *FINETUNE.glob("*.sh"), *TESTS.glob("*.py")]:
         assert str(ROOT) not in file.read_text(), file
+
+
+def test_the_default_length_fits_the_model(given, tiny, tmp_path):
+    """--model_max_length; only what is given can be too much."""
+    for positions in (256, 1024, 4096):
+        model = shutil.copytree(tiny["llama3"], tmp_path / str(positions))
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        (_, _, training, _), problems = given("--model_name_or_path", model)
+        assert problems == [] and training.model_max_length == min(2048, positions)
+        (_, _, training, _), problems = given("--model_name_or_path", model, "--model_max_length", 200)
+        assert problems == [] and training.model_max_length == 200
+        _, problems = given("--model_name_or_path", model, "--model-max-length", positions + 1)
+        assert len(problems) == 1 and f"--model_max_length {positions + 1}: " in problems[0]
+
+
+@pytest.mark.parametrize("script", ["finetune_lora.sh", "finetune_ds.sh"])
+def test_launchers_leave_the_length_to_its_default(script, tmp_path):
+    """Which fits the model."""
+    fake = tmp_path / "bin" / "python"
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\n[ "$1" = -c ] && { echo 1; exit 0; }\nprintf "%s\\n" "$@"\n')
+    fake.chmod(0o755)
+    words = launch(script, cwd=tmp_path, VIRTUAL_ENV=tmp_path, MODEL="m", DATA="d.json").stdout.splitlines()
+    assert "--num_train_epochs" in words and "--model_max_length" not in words

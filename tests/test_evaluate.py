@@ -833,3 +833,57 @@ def test_layouts_give_the_same_answers(tiny, data_file, tmp_path):
     for name in LAYOUTS:
         for one, other in zip(found[name], found["ddp"], strict=True):
             assert one == pytest.approx(other, abs=1e-6), name
+
+
+@pytest.fixture
+def short(tiny, tmp_path):
+    """Makes a copy of a checkpoint whose language model has so many positions."""
+
+    def make(positions: int, llm_type: str = "llama3") -> Path:
+        model = shutil.copytree(tiny[llm_type], tmp_path / f"{llm_type}-{positions}")
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": positions}))
+        return model
+
+    return make
+
+
+def evaluated(capsys, *flags: object) -> tuple[int, str]:
+    """evaluate.py with its own defaults: exit status, stderr."""
+    try:
+        program.main([*map(str, flags), "--num_workers", "0", "--device", "cpu"])
+    except SystemExit as end:
+        said = end.code if isinstance(end.code, str) else ""
+        return (1 if said else end.code), capsys.readouterr().err + said
+    return 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("positions", [256, 512, 1024, 4096])
+@pytest.mark.parametrize("llm_type", LLM_TYPES)
+def test_defaults_fit_the_model(short, eval_file, tmp_path, capsys, llm_type, positions):
+    """Only what is given can be too much."""
+    flags = ("--model", short(positions, llm_type), "--data_path", eval_file, "--limit", 2)
+    status, err = evaluated(capsys, *flags, "--output", tmp_path / "out")
+    assert status == 0, err
+    settings = read(tmp_path / "out")[0]["settings"]
+    assert settings["max_new_tokens"] == min(256, positions // 4)
+    assert settings["max_inp_length"] == positions - settings["max_new_tokens"]
+    for flag, value in (("--max_new_tokens", positions), ("--max_inp_length", positions + 1)):
+        status, err = evaluated(capsys, *flags, "--output", tmp_path / "no", flag, value)
+        assert status == 2 and f"{flag} {value}: " in err and err.count(f" {positions} tokens") == 1, err
+
+
+def test_models_that_are_compared_have_the_same_room(short, tiny, eval_file, tmp_path, capsys):
+    flags = ("--model", tiny["llama3"], "--compare", short(512), "--data_path", eval_file, "--limit", 1)
+    status, err = evaluated(capsys, *flags, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert read(tmp_path / "out")[0]["settings"]["max_new_tokens"] == 128
+
+
+def test_an_evaluation_without_answers_is_begun_anew(call, tiny, tmp_path):
+    """A model that could not be loaded leaves nothing that stands in the way of one that can."""
+    folder = shutil.copytree(tiny["llama3"], tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    status, _, err = call("--model", folder, "--limit", 1)
+    assert status == 1 and "holds no weights" in err
+    shutil.copy(tiny["llama3"] / "model.safetensors", folder)
+    assert call("--model", folder, "--limit", 1)[0] == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, ROOT, TESTS, golden_batch, launch
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoTokenizer
 
@@ -867,3 +869,34 @@ def test_memory_stays_far_below_the_model(tmp_path):
     figures = merge_memory.run(0.25, "2.5", torch.float32, "6MB", tmp_path)
     assert figures["model"] > 50e6
     assert figures["own"] < 0.6 * figures["model"]
+
+
+@pytest.mark.parametrize("which", ["weights of the base", "settings of the base", "the output"])
+def test_what_cannot_be_read_is_not_called_unwritable(bases, adapter, tmp_path, monkeypatch, which):
+    """And the other way round; both while files are being written."""
+    base = shutil.copytree(bases["llama3", "float32"], tmp_path / "base")
+    lost = {"weights of the base": base / "model.safetensors", "settings of the base": base / "generation_config.json"}
+    save = merge_lora.save_file
+
+    def saved(*arguments, **settings):
+        if which == "the output":
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save(*arguments, **settings)
+        if which == "weights of the base":
+            lost[which].unlink(missing_ok=True)  # between two files, as a disk of the network goes away
+
+    def copied(source, target, copy=shutil.copyfile, **settings):
+        if which == "settings of the base" and Path(source) == lost[which]:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        return copy(source, target, **settings)
+
+    monkeypatch.setattr(merge_lora, "save_file", saved)
+    monkeypatch.setattr(merge_lora.shutil, "copyfile", copied)
+    with pytest.raises(UserError) as caught:
+        merge(adapter, tmp_path / "merged", base=base, max_shard_size="200KB")
+    told = str(caught.value)
+    if which == "the output":
+        assert told.startswith(f"--output {tmp_path / 'merged'}: cannot be written: ") and "No space left" in told
+    else:
+        assert told.startswith(f"{lost[which]}: cannot be read: ") and "--output" not in told
+    assert not (tmp_path / "merged").exists() and not (tmp_path / "merged.incomplete").exists()

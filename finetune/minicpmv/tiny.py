@@ -12,7 +12,7 @@ import argparse
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import sentencepiece
@@ -66,11 +66,13 @@ def write_checkpoint(model: str, output: str | Path, text: Iterable[str] = (), s
         seed: of the weights.
 
     Raises:
-        ValueError: for another model name, or when `output` already holds files.
+        ValueError: for another model name, or when `output` is a file or already holds files.
     """
     if model not in MODELS:
         raise ValueError(f"model is {model!r}, expected one of {', '.join(MODELS)}")
     output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file; name a folder, new or empty")
     if output.exists() and any(output.iterdir()):
         raise ValueError(f"{output} is not empty; nothing is overwritten, name another folder")
     output.mkdir(parents=True, exist_ok=True)
@@ -173,7 +175,16 @@ def _sentencepiece_tokenizer(sentences: list[str], folder: Path) -> MiniCPMVToke
     )
 
 
-def main() -> None:
+def _turns(path: str) -> list[str]:
+    """The text of all turns in a JSON file of samples."""
+    try:
+        samples = json.loads(Path(path).read_text(encoding="utf-8"))
+        return [turn["content"] for sample in samples for turn in sample["conversations"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--text {path}: is no JSON list of samples with conversations ({error!r})") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
     """Command line of this module."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # DeepSpeed, which accelerate imports whenever a model is saved, would look for a GPU, and warn that there is none.
@@ -183,16 +194,12 @@ def main() -> None:
     parser.add_argument("--output", required=True, help="folder to write, new or empty")
     parser.add_argument("--text", nargs="*", default=[], help="JSON files of samples whose words the tokenizer learns")
     parser.add_argument("--seed", type=int, default=0, help="of the random weights")
-    arguments = parser.parse_args()
-    text = [
-        turn["content"]
-        for path in arguments.text
-        for sample in json.loads(Path(path).read_text(encoding="utf-8"))
-        for turn in sample["conversations"]
-    ]
+    arguments = parser.parse_args(argv)
     try:
-        folder = write_checkpoint(arguments.model, arguments.output, text, arguments.seed)
-    except ValueError as error:
+        text = [turn for path in arguments.text for turn in _turns(path)]
+        output = Path(arguments.output).expanduser()
+        folder = write_checkpoint(arguments.model, output, text, arguments.seed)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: `~` of nobody
         parser.exit(1, f"tiny: {error}\n")
     size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
     logger.info("wrote a random %s to %s (%.1f MB)", arguments.model, folder, size)

@@ -43,7 +43,7 @@ class SpecialTokens:
 
     @property
     def unk_id(self) -> int:
-        return self.unk_token_id
+        return self.convert_tokens_to_ids(self.unk)  # early copies of 2.5 have the token, but do not say that it is it
 
 
 class MiniCPMVTokenizerFast(SpecialTokens, PreTrainedTokenizerFast):
