@@ -164,15 +164,16 @@ class Asker:
         """The settings, with no more new tokens than fit behind the prompt; where that is less, the user is told."""
         whole = self.model.config.max_position_embeddings
         room = whole - prompt_tokens
+        if prompt_tokens > self.max_inp_length:
+            raising = f"raise it (up to {whole}), " if self.max_inp_length < whole else ""
+            raise PromptTooLong(
+                f"the prompt has {prompt_tokens} tokens, more than --max_inp_length {self.max_inp_length}; {raising}"
+                "lower --max_slice_nums or say less"
+            )
         if room < 1:
             raise PromptTooLong(
                 f"the prompt has {prompt_tokens} tokens, and the model takes {whole}, prompt and answer together; "
                 "lower --max_slice_nums or say less"
-            )
-        if prompt_tokens > self.max_inp_length:
-            raise PromptTooLong(
-                f"the prompt has {prompt_tokens} tokens, more than --max_inp_length {self.max_inp_length}; raise it "
-                f"(up to {whole}), lower --max_slice_nums or say less"
             )
         asked = self.settings.get("max_new_tokens")
         if asked is None or asked <= room:

@@ -796,4 +796,4 @@ def test_a_prompt_that_is_more_than_the_model_takes(tiny, tmp_path, capsys):
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 256}))
     status, _, err = run(capsys, "--model", model, "--question", "What? " * 200, *GREEDY)
-    assert status == 1 and "and the model takes 256, prompt and answer together" in err and "raise it" not in err
+    assert status == 1 and "tokens, more than --max_inp_length 256; lower" in err and "raise it" not in err
