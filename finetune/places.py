@@ -131,7 +131,7 @@ def size_text(size: int) -> str:
 
 def checkpoint_bytes(model: nn.Module, args: TrainingArguments, source: str | os.PathLike) -> tuple[int, int]:
     """What one checkpoint of a run takes on a machine's disk at least: bytes of the weights with the tokenizer's files,
-    and of the optimizer's state.
+    and of what only resuming needs: the optimizer's state and DeepSpeed's copies.
 
     Args:
         model: with what is trained set to require gradients; on any device.
@@ -150,13 +150,17 @@ def checkpoint_bytes(model: nn.Module, args: TrainingArguments, source: str | os
     tokenizer = sum(file.stat().st_size for file in Path(source).glob("tokenizer*") if file.is_file())
     if args.save_only_model or args.save_strategy == SaveStrategy.NO:
         return weights + tokenizer, 0
-    each = 0
-    if _is_adam(args):
-        each = MOMENTS + (MASTER if args.deepspeed and half else 0)
+    each = MOMENTS if _is_adam(args) else 0
+    copies = 0
+    if args.deepspeed:
+        stage = (args.deepspeed.get("zero_optimization") or {}).get("stage", 0)
+        each += MASTER if half or stage else 0
+        copies = weights if stage < 3 else 0  # DeepSpeed writes the weights too, but where they are partitioned
     # DeepSpeed's processes write their parts of it, each on its own machine's disk, which may or may not be shared.
     machines = max(1, args.world_size // int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
     parts = machines if args.deepspeed else 1
-    return weights + tokenizer, sum(parameter.numel() for parameter in trained) * each // parts
+    state = sum(parameter.numel() for parameter in trained) * each // parts
+    return weights + tokenizer, copies + state
 
 
 def _is_adam(args: TrainingArguments) -> bool:

@@ -338,7 +338,9 @@ def test_masters_and_moments_of_deepspeed(tiny, data_file, tmp_path):
     args.deepspeed = {"zero_optimization": {"stage": 3}}
     assert checkpoint_bytes(model, args, tiny["llama3"]) == (2 * elements + tokenizer, 12 * elements)
     args.deepspeed["optimizer"] = {"type": "Lion"}
-    assert checkpoint_bytes(model, args, tiny["llama3"]) == (2 * elements + tokenizer, 0)
+    assert checkpoint_bytes(model, args, tiny["llama3"]) == (2 * elements + tokenizer, 4 * elements)
+    args.deepspeed = {"zero_optimization": {"stage": 2}}
+    assert checkpoint_bytes(model, args, tiny["llama3"]) == (2 * elements + tokenizer, (2 + 12) * elements)
 
 
 @pytest.mark.parametrize(("flags", "what"), [

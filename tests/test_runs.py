@@ -21,9 +21,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, TrainingArguments
 
+from finetune.arguments import load_config, parse_arguments
 from finetune.dataset import SupervisedDataset, build_transform, data_collator, load_samples
+from finetune.finetune import prepare_trainable
 from finetune.finetune import train as finetune
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_finetuned
+from finetune.minicpmv import MiniCPMV
+from finetune.places import checkpoint_bytes
 from finetune.sample_task import readme_snippet
 from finetune.trainer import CPMTrainer
 
@@ -223,6 +227,24 @@ def reloaded_eval_loss(folder: Path, data_file: Path, tmp_path: Path, batch: int
     )
     trainer = CPMTrainer(model=model, args=arguments, eval_dataset=dataset, data_collator=data_collator)
     return trainer.evaluate()["eval_loss"]
+
+
+@pytest.mark.parametrize("name", named(*RUNS))
+def test_a_checkpoint_takes_the_disk_that_is_estimated(name, run, tiny):
+    """At least, and no more than small files beside."""
+    folder = run(name) / "checkpoint-2"
+    llm_type, method, _, deepspeed = RUNS[name]
+    flags = ["--model_name_or_path", tiny[llm_type], "--output_dir", folder, "--report_to", "none"]
+    flags += ["--use_lora", "true", "--lora_r", 8] if method == "lora" else []
+    model_args, _, args, lora_args = parse_arguments(list(map(str, flags)))
+    if deepspeed:
+        stage = re.search(r"zero(\d)", deepspeed)[1]
+        args.deepspeed = {"zero_optimization": {"stage": int(stage)}}
+    with torch.device("meta"):
+        model = prepare_trainable(MiniCPMV(load_config(model_args.model_name_or_path)), args, lora_args)
+    estimated = sum(checkpoint_bytes(model, args, tiny[llm_type]))
+    taken = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    assert 0.7 * taken < estimated < taken
 
 
 @pytest.mark.parametrize("name", ["full-llama3-1-plain", "full-minicpm-2-zero2"])
