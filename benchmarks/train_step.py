@@ -603,6 +603,7 @@ def run(options: argparse.Namespace, further: list[str]) -> dict:
     with work_folder() as (folder, fills):
         patches = [
             mock.patch.object(MiniCPMV, "from_pretrained", random_model),
+            mock.patch("finetune.arguments.model_folder_problems", return_value=[]),  # there are no weights
             mock.patch.object(toolkit, "CPMTrainer", partial(MeasuredTrainer, meter=meter)),
             meter.watch_loader(),
         ]
