@@ -32,7 +32,7 @@ from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate_checkpoints
 
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -260,9 +260,11 @@ class CPMTrainer(Trainer):
         costs = loads[:, 0] + loads[:, 1] * self._slice_cost
         return BalancedSteps(sampler, costs, args.train_batch_size, args.world_size, args.gradient_accumulation_steps)
 
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler | None:
         """In order, every sample once: what would be left over or filled up at the end is filled up with `Repeated`
         ones, which count nothing. A private method, see `_get_train_sampler`."""
+        if not has_length(eval_dataset):
+            return None
         sampler, at_once = SequentialSampler(eval_dataset), self.args.eval_batch_size * self.args.world_size
         uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
         return WholeSteps(sampler, at_once) if uneven else sampler

@@ -313,17 +313,18 @@ def _llama3_text_ids(part: str, tokenizer, backend) -> list[int]:
     """A part of a turn, control words in a text as characters."""
     if isinstance(part, Placeholder):
         return backend.encode(part, add_special_tokens=False).ids
-    ids: list[int] = []
-    backend.encode_special_tokens = True  # as text
-    try:
-        for number, text in enumerate(vocabulary(tokenizer, "llama3").kept.split(part)):
-            if number % 2:
-                ids.append(backend.token_to_id(text))
-            else:
-                ids += backend.encode(text, add_special_tokens=False).ids
-    finally:
-        backend.encode_special_tokens = False
+    plain, ids = _plain_backend(backend), []
+    for number, text in enumerate(vocabulary(tokenizer, "llama3").kept.split(part)):
+        ids += [backend.token_to_id(text)] if number % 2 else plain.encode(text, add_special_tokens=False).ids
     return ids
+
+
+@functools.lru_cache(maxsize=4)
+def _plain_backend(backend):
+    """A copy that takes special tokens for text. Set in the tokenizer itself, threads would see it change."""
+    copied = type(backend).from_str(backend.to_str())
+    copied.encode_special_tokens = True
+    return copied
 
 
 @functools.lru_cache(maxsize=32)
