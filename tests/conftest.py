@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +32,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # whose processes inherit the folde
     os.environ["TORCH_EXTENSIONS_DIR"] = EXTENSIONS.name
 
 from finetune import finetune  # noqa: E402
+from finetune.errors import UserError  # noqa: E402
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_tokenizer  # noqa: E402
 from finetune.minicpmv.tiny import MODELS, write_checkpoint  # noqa: E402
 from finetune.minicpmv.vision import to_strip  # noqa: E402
@@ -157,6 +158,19 @@ def launch_nodes(script: str, *flags: object, nodes: Sequence[Mapping[str, objec
 
     with ThreadPoolExecutor(len(nodes)) as pool:
         return list(pool.map(node, range(len(nodes))))
+
+
+def outcome(main: Callable[[list[str]], object], words: Iterable[object], capsys) -> tuple[int, list[str]]:
+    """Exit status of a program that is run in this process, and what it says on stderr, line by line."""
+    try:
+        main([str(word) for word in words])
+    except UserError as error:
+        status, last = 1, str(error)
+    except SystemExit as end:
+        status, last = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
+    else:
+        status, last = 0, ""
+    return status, f"{capsys.readouterr().err}{last}".splitlines()
 
 
 def losses(folder: Path) -> list[float]:

@@ -12,12 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_adapter
+from conftest import outcome, write_adapter
 from safetensors.torch import load_file, save_file
 
 from finetune import chat, evaluate, finetune, inspect_data, loading, merge_lora
 from finetune.adapters import load_adapters
-from finetune.errors import UserError
 from finetune.loading import EXTRA_WEIGHTS_NAME, load_finetuned
 from finetune.minicpmv import MiniCPMV
 from finetune.model_folder import access_problem, checkpoint_problems, describe
@@ -62,16 +61,9 @@ def said(tiny, adapter, data_file, tmp_path, capsys, monkeypatch) -> Callable[..
             "merge_lora": merge_lora.main,
             "inspect_data": inspect_data.main,
         }[program]
-        try:
-            main([str(word) for word in (*calls[program], *more)])
-        except UserError as error:
-            status, last = 1, str(error)
-        except SystemExit as end:
-            status, last = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
-        else:
-            status, last = 0, ""
+        status, lines = outcome(main, (*calls[program], *more), capsys)
         assert not os.path.exists(out)
-        return status, [line for line in f"{capsys.readouterr().err}{last}".splitlines() if "Warning" not in line]
+        return status, [line for line in lines if "Warning" not in line]
 
     return call
 

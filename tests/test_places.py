@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import write_adapter
+from conftest import outcome, write_adapter
 
 from finetune import evaluate, finetune, inspect_data, loading, merge_lora, sample_task
-from finetune.errors import UserError
 from finetune.minicpmv import MiniCPMV
 from finetune.minicpmv import tiny as tiny_program
 from finetune.model_folder import empty_model
@@ -44,15 +43,7 @@ def said(capsys, monkeypatch) -> Callable[..., tuple[int, list[str]]]:
     monkeypatch.setattr(loading, "load_checkpoint", fails)
 
     def call(program: str, *words: object) -> tuple[int, list[str]]:
-        try:
-            MAINS[program]([str(word) for word in words])
-        except UserError as error:
-            status, last = 1, str(error)
-        except SystemExit as end:
-            status, last = (1, end.code) if isinstance(end.code, str) else (end.code or 0, "")
-        else:
-            status, last = 0, ""
-        return status, f"{capsys.readouterr().err}{last}".splitlines()
+        return outcome(MAINS[program], words, capsys)
 
     return call
 
