@@ -30,6 +30,7 @@ from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     SETTINGS_NAME,
     base_of_adapter,
+    checkpoint_folder,
     is_hub_name,
     load_finetuned,
     resolved_settings,
@@ -490,11 +491,16 @@ def load_config(path: str, cache_dir: str | None = None, flag: str = "--model_na
     return config
 
 
-def model_folder_problems(flag: str, path: str, weights: bool = True) -> list[str]:
-    """What is wrong with the files of a model's folder, one line each, after the flag; of a name on the hub nothing."""
-    if not Path(path).is_dir():
+def model_folder_problems(flag: str, path: str, weights: bool = True, cache_dir: str | None = None) -> list[str]:
+    """What is wrong with the files of a model's folder, one line each, after the flag; of a name on the hub, with those
+    that the cache has."""
+    if Path(path).is_dir():
+        return [f"{flag} {problem}" for problem in checkpoint_problems(path, weights)]
+    try:
+        folder = checkpoint_folder(path, cache_dir, download=False)
+    except (OSError, ValueError):  # nothing of it is there yet
         return []
-    return [f"{flag} {problem}" for problem in checkpoint_problems(path, weights)]
+    return [f"{flag} {path}: {problem}" for problem in checkpoint_problems(folder, weights, partial=True)]
 
 
 class FoundModel(NamedTuple):
@@ -539,7 +545,9 @@ def find_model(path: str, base: str | None = None, cache_dir: str | None = None,
     config = load_config(path, cache_dir, flag)
     if isinstance(config, str):
         raise UserError(config)
-    if problems := model_folder_problems(flag, path, weights=False):  # that there are none, loading says
+    if problems := model_folder_problems(
+        flag, path, weights=False, cache_dir=cache_dir
+    ):  # that there are none, loading says
         raise UserError("\n".join(problems))
     trained = (folder / SETTINGS_NAME).is_file()
     try:
@@ -561,7 +569,7 @@ def _found_adapter(path: str, base: str | None, cache_dir: str | None, flag: str
     if isinstance(config, str):
         raise UserError(config if base else f"{config}; say where the base model is now (--base DIR)")
     where = "--base" if base else f"{flag} {path}: its base"
-    if problems := model_folder_problems(where, at_home(place), weights=False):
+    if problems := model_folder_problems(where, at_home(place), weights=False, cache_dir=cache_dir):
         raise UserError("\n".join(problems))
     if "slicing" in settings:
         config.set_max_slice_nums(settings["slicing"]["max_slice_nums"])
@@ -670,7 +678,9 @@ def check_arguments(
     if data.image_folder_only and not data.image_folder:
         problems.append("--image_folder_only true needs --image_folder")
     if not isinstance(config, str):  # or the folder's problem is said already
-        problems += model_folder_problems("--model_name_or_path", model.model_name_or_path)
+        problems += model_folder_problems(
+            "--model_name_or_path", model.model_name_or_path, cache_dir=training.cache_dir
+        )
     if training.eval_strategy != "no" and not data.eval_data_path:
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     problems += _prediction_problems(training, data)

@@ -322,7 +322,9 @@ def _obey(conversation: Conversation, command: str, rest: str) -> None:
     elif command == "/image":
         raise ValueError("/image: name a file, as in /image my/picture.jpg")
     else:
-        raise ValueError(f"{command}: there is no such command, /help lists them (or put a space in front)")
+        raise ValueError(
+            f"{shown(command, quotes=False)}: there is no such command, /help lists them (or put a space in front)"
+        )
 
 
 def _typed_lines(conversation: Conversation) -> Iterator[str]:

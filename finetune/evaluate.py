@@ -572,7 +572,8 @@ def length_problems(arguments: argparse.Namespace, models: Sequence[tuple[FoundM
     Args:
         models: with the flags that name them.
     """
-    if arguments.max_new_tokens is None:
+    arguments.length_by_default = arguments.max_new_tokens is None
+    if arguments.length_by_default:
         shares = [fitting_length(NEW_TOKENS, found.config, share=4) for found, _ in models]
         arguments.max_new_tokens = min(shares, default=NEW_TOKENS)
     wrong = []
@@ -604,7 +605,8 @@ def prepare(arguments: argparse.Namespace, found: FoundModel, flag: str, samples
         raise UserError("\n".join(f"{flag} {line}" for line in str(error).splitlines())) from error
     if arguments.max_slice_nums is not None:
         found.config.set_max_slice_nums(arguments.max_slice_nums)
-    room = room_for_prompts(found, arguments)
+    whole = found.config.max_position_embeddings
+    room = whole - 1 if arguments.length_by_default else room_for_prompts(found, arguments)
     dataset = SupervisedDataset.for_checkpoint(
         found.config, tokenizer, samples, None, arguments.image_folder, arguments.image_folder_only
     )
@@ -612,7 +614,8 @@ def prepare(arguments: argparse.Namespace, found: FoundModel, flag: str, samples
     allowed = min(arguments.max_inp_length or room, room)
     long = {question.index: question for question in questions if question.tokens > allowed}
     for index, question in long.items():
-        limit = f"--max_inp_length {allowed}" if allowed < room else f"the {allowed} that --max_new_tokens leaves"
+        leaves = "an answer of one token" if arguments.length_by_default else "--max_new_tokens"
+        limit = f"--max_inp_length {allowed}" if allowed < room else f"the {allowed} that {leaves} leaves"
         turn = dataset.turn_in_data(index, question.turn)
         cause = (
             f"turn {turn} has a prompt of {question.tokens} tokens, more than {limit}; lower --max_slice_nums"
@@ -620,6 +623,15 @@ def prepare(arguments: argparse.Namespace, found: FoundModel, flag: str, samples
         )
         problems.append(Problem(index, *dataset.place(index), cause))
     questions = [question for question in questions if question.index not in long]
+    behind_longest = whole - max((question.tokens for question in questions), default=0)
+    if behind_longest < arguments.max_new_tokens:  # which then is a default
+        arguments.max_new_tokens = behind_longest
+        if is_main():
+            logger.warning(
+                "answers can have %d tokens: with the longest prompt the model takes %d; fewer slices "
+                "(--max_slice_nums) or --bad_samples skip with --max_inp_length leave more",
+                *(behind_longest, whole),
+            )
     return Task(found, dataset, questions, sorted(problems))
 
 

@@ -23,6 +23,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import SafetensorError
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from finetune.arguments import (
@@ -89,8 +90,9 @@ def train(argv: list[str] | None = None) -> None:
     if not isinstance(config, str):
         if not trained_set_problems(args, lora_args):
             # of the room in a place that cannot be used, nothing is said
-            usable = args.output_dir and not any(problem.startswith("--output_dir ") for problem in problems)
-            problems += _trial_problems(model_args, args, lora_args, config, look_at_disk=bool(usable))
+            unusable = f"--output_dir {args.output_dir}: "
+            usable = bool(args.output_dir) and not any(problem.startswith(unusable) for problem in problems)
+            problems += _trial_problems(model_args, args, lora_args, config, look_at_disk=usable)
         try:
             tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
         except ValueError as error:
@@ -114,8 +116,14 @@ def train(argv: list[str] | None = None) -> None:
     elif args.overwrite_output_dir and args.should_save:
         set_checkpoints_aside(args.output_dir)
     transformers.set_seed(args.seed)
-    with explained(None, args, config):
-        model = load_model(model_args, args, lora_args, config)
+    try:
+        with explained(None, args, config):
+            model = load_model(model_args, args, lora_args, config)
+    except (OSError, SafetensorError) as error:  # such as a name on the hub of which not all can be fetched
+        cause = " ".join(str(error).split())
+        raise ProcessError(
+            f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {cause}"
+        ) from error
     if not Path(model_args.model_name_or_path).is_dir():  # what was not here has been downloaded
         _stop_on(_weight_problems(model_args, args, config)[0], "This model cannot be used:")
     group_elements = GROUP_ELEMENTS

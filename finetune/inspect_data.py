@@ -207,7 +207,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(arguments.model_name_or_path, arguments.cache_dir)
     wrong = [config] if isinstance(config, str) else []
     if not wrong:
-        wrong = model_folder_problems("--model_name_or_path", arguments.model_name_or_path, weights=False)
+        wrong = model_folder_problems(
+            "--model_name_or_path", arguments.model_name_or_path, weights=False, cache_dir=arguments.cache_dir
+        )
     if arguments.report:
         model = [("--model_name_or_path", arguments.model_name_or_path)]
         wrong += output_problems("--report", arguments.report, model, around=False)

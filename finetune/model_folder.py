@@ -76,7 +76,7 @@ def file_problem(path: str | os.PathLike, as_json: bool = False) -> str | None:
     if as_json:
         try:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             return f"{path}: cannot be read, it is no JSON ({_one_line(error)}); {ANEW}"
         if not isinstance(content, dict):
             return f"{path}: expected a JSON object, found {type(content).__name__}; {ANEW}"
@@ -93,11 +93,12 @@ def _one_line(error: Exception) -> str:
     return f"{' '.join(str(error).split()):.300}"
 
 
-def checkpoint_problems(folder: str | os.PathLike, weights: bool = True) -> list[str]:
+def checkpoint_problems(folder: str | os.PathLike, weights: bool = True, partial: bool = False) -> list[str]:
     """What is wrong with the files of a checkpoint's folder, each by itself, one line each.
 
     Args:
         weights: there must be some; those that are there are looked at in any case.
+        partial: what is missing may still be downloaded.
     """
     folder = Path(folder)
     if why := access_problem(folder):
@@ -109,7 +110,7 @@ def checkpoint_problems(folder: str | os.PathLike, weights: bool = True) -> list
         why = quantization_problem(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
         problems += [f"{folder}: {why}"] if why else []
     problems += tokenizer_problems(folder)
-    return problems + _weight_file_problems(folder, weights)
+    return problems + _weight_file_problems(folder, weights and not partial, partial)
 
 
 def tokenizer_problems(folder: str | os.PathLike) -> list[str]:
@@ -135,7 +136,7 @@ def _problems_of(folder: str | os.PathLike, names: Sequence[str], as_json: bool 
     return [problem for file in files if (problem := file_problem(file, as_json))]
 
 
-def _weight_file_problems(folder: Path, needed: bool) -> list[str]:
+def _weight_file_problems(folder: Path, needed: bool, partial: bool) -> list[str]:
     kinds = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
     named = next((name for name in kinds if os.path.lexists(folder / name)), None)
     if named is not None and (problem := file_problem(folder / named, as_json=named.endswith(".json"))):
@@ -143,7 +144,10 @@ def _weight_file_problems(folder: Path, needed: bool) -> list[str]:
     try:
         files = weight_files(folder)
     except ValueError as error:
-        loose = [problem for file in sorted(folder.glob("pytorch_model*.bin")) if (problem := file_problem(file))]
+        files = [file for pattern in ("pytorch_model*.bin", "model*.safetensors") for file in folder.glob(pattern)]
+        loose = [problem for file in sorted(files) if (problem := file_problem(file))]
+        if partial:
+            return loose or weights_with_code(folder) or damaged(files)
         said = [str(error)] if needed or named is not None else []
         return loose or weights_with_code(folder) or said
     if problems := [problem for file in files if (problem := file_problem(file))]:

@@ -52,7 +52,8 @@ class _Recompute(torch.autograd.Function):
         inputs = [ctx.others[place] if place in ctx.others else next(saved) for place in places]
         parameters = list(saved)
         inputs = [t.detach().requires_grad_() if n else t for t, n in zip(inputs, ctx.needs_grad, strict=True)]
-        after = None if ctx.rng_state is None else _rng_state(grad)
+        first = next(t for t in inputs if isinstance(t, torch.Tensor))
+        after = None if ctx.rng_state is None else _rng_state(first)
         _set_rng_state(ctx.device, ctx.rng_state)
         autocast = torch.autocast(ctx.device.type, dtype=ctx.autocast) if ctx.autocast else nullcontext()
         with torch.enable_grad(), autocast:

@@ -59,6 +59,8 @@ REFUSED = {
     **dict.fromkeys(("images", "image_path", "image_paths", "image_file", "image_files", "img", "imgs"), _PICTURES),
     **dict.fromkeys(("picture", "pictures", "photo", "photos", "image_url", "image_urls"), _PICTURES),
     **dict.fromkeys(("image_base64", "image_bytes", "image_data", "media"), _PICTURES),
+    **dict.fromkeys(("video_file", "video_files", "frames"), _VIDEO),
+    **dict.fromkeys(("audio_file", "audio_files", "sound", "sounds", "speech"), _AUDIO),
     **dict.fromkeys(("video", "videos", "video_path", "video_paths", "video_url", "video_urls"), _VIDEO),
     **dict.fromkeys(("audio", "audios", "audio_path", "audio_paths", "audio_url", "audio_urls"), _AUDIO),
     **dict.fromkeys(("tools", "functions", "tool_calls", "tool_call", "function_call", "function_calls"), _TOOLS),
@@ -67,7 +69,7 @@ REFUSED = {
 }
 REFUSED_IN_SAMPLES = {
     **dict.fromkeys(("messages", "conversation", "history"), _TURNS),
-    **dict.fromkeys(("system_prompt", "system_message"), _SYSTEM),
+    **dict.fromkeys(("system_prompt", "system_message", "system_instruction"), _SYSTEM),
 }
 REFUSED_IN_TURNS = {"image": _PICTURES, "system": "write it as the conversation's first turn, with 'role' 'system'"}
 
@@ -171,6 +173,11 @@ def carries_content(value) -> bool:
     return False
 
 
+def _is_number(value) -> bool:
+    """Whether it is a number or a truth value, which may say something where it is 0 or false too."""
+    return isinstance(value, int | float) and not is_nan(value)
+
+
 def _unread(fields: Mapping, read: frozenset[str], refused: Mapping[str, str]) -> list[str]:
     """Fields that carry something, and are neither read nor refused."""
     if fields.keys() <= read:
@@ -178,7 +185,7 @@ def _unread(fields: Mapping, read: frozenset[str], refused: Mapping[str, str]) -
     return [
         str(name)
         for name, value in fields.items()
-        if name not in read and not _advice(name, read, refused) and carries_content(value)
+        if name not in read and not _advice(name, read, refused) and (carries_content(value) or _is_number(value))
     ]
 
 
@@ -256,7 +263,8 @@ def _refuse(where: str, fields: Mapping, read: frozenset[str], refused: Mapping[
         ValueError: naming a field that carries content and is not read, if it is one that is known.
     """
     for name, value in () if fields.keys() <= read else fields.items():
-        if name not in read and (advice := _advice(name, read, refused)) and carries_content(value):
+        says = carries_content(value) or (str(name).strip().lower() in LEARNED_BY and _is_number(value))
+        if name not in read and says and (advice := _advice(name, read, refused)):
             raise ValueError(f"{where}field {shown(name)} is not read; {advice}")
 
 
@@ -264,7 +272,7 @@ def _weight(where: str, turn: Mapping) -> int | None:
     """Whether an answer is learned, 1 or 0, as `weight`, `loss` and `train` say it together; None: as none says."""
     if turn.keys().isdisjoint(LEARNED_BY):
         return None
-    given = {name: turn[name] for name in LEARNED_BY if turn.get(name) is not None}
+    given = {name: turn[name] for name in LEARNED_BY if turn.get(name) is not None and not is_nan(turn[name])}
     learned = turn["role"] == "assistant"
     for name, value in given.items():
         if not learned and name != "weight" and value in (0, False):

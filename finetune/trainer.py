@@ -38,7 +38,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.checkpoints import copy_processor, written_aside
-from finetune.dataset import Repeated
+from finetune.dataset import Repeated, SupervisedDataset
 from finetune.errors import over_processes
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import EvaluationLeft, Guard, explained, let_workers_live
@@ -130,6 +130,7 @@ class CPMTrainer(Trainer):
         still_key_biases(self.model)
         self._full_logits_wanted = False
         self._evaluated: list[torch.Tensor] | None = None  # (2,) of each batch: its loss summed, its supervised tokens
+        self._fill_from: int | None = None  # places from which on an evaluation's samples fill up
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
@@ -266,12 +267,18 @@ class CPMTrainer(Trainer):
         if not has_length(eval_dataset):
             return None
         sampler, at_once = SequentialSampler(eval_dataset), self.args.eval_batch_size * self.args.world_size
-        uneven = self.args.world_size > 1 or self.args.dataloader_drop_last
-        return WholeSteps(sampler, at_once) if uneven else sampler
+        return WholeSteps(sampler, at_once) if self._fills_up else sampler
+
+    @property
+    def _fills_up(self) -> bool:
+        """Whether the last batches of an evaluation are filled up."""
+        return self.args.world_size > 1 or self.args.dataloader_drop_last
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Full-vocabulary logits (B, L, V) are computed only where the caller wants predictions."""
         self._full_logits_wanted = not prediction_loss_only
+        if self._evaluated is not None and self._fill_from is not None:
+            inputs = self._without_fill(inputs)
         try:
             loss, *predictions = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         finally:
@@ -281,11 +288,25 @@ class CPMTrainer(Trainer):
             self._evaluated.append(torch.stack([loss.float() * supervised, supervised.float()]))
         return loss, *predictions
 
+    def _without_fill(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """A batch of an evaluation, nothing supervised in what fills it up behind the last sample of the data set."""
+        labels, args = inputs["labels"], self.args
+        first = (len(self._evaluated) * args.world_size + args.process_index) * args.eval_batch_size
+        if first + len(labels) <= self._fill_from:
+            return inputs
+        labels = labels.clone()
+        labels[max(self._fill_from - first, 0) :] = IGNORE_INDEX
+        return {**{name: value for name, value in inputs.items() if name != "label_index"}, "labels": labels}
+
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """As in Trainer, but for two things, done before anything is logged or compared with the best. The loss is the
         mean over all supervised tokens, where Trainer's is a mean of batches. With `--predict_with_generate` the
         metrics of generated answers stand beside it."""
         self.guard.evaluating, self._evaluated = True, []
+        # Our data set masks what fills up its last batches; others do not know of it.
+        dataset = getattr(dataloader, "dataset", None)
+        known = isinstance(dataset, SupervisedDataset) or not has_length(dataset)
+        self._fill_from = None if known or not self._fills_up else len(dataset)
         try:
             output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             if f"{metric_key_prefix}_loss" in output.metrics:
@@ -428,6 +449,8 @@ class CPMTrainer(Trainer):
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if self._aside is None:  # else Trainer asks for it before the checkpoint is in its place
+            if self.tokenizer is not None and self.is_world_process_zero():
+                self.tokenizer.save_pretrained(self.args.output_dir)
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _get_output_dir(self, trial) -> str:

@@ -40,7 +40,7 @@ from finetune.generation import (
     generate_answers,
     prompt_collator,
 )
-from finetune.loading import load_finetuned
+from finetune.loading import load_finetuned, load_tokenizer
 from finetune.metrics import METRICS, score
 from finetune.trainer import CPMTrainer, answers_table
 
@@ -871,6 +871,25 @@ def test_defaults_fit_the_model(short, eval_file, tmp_path, capsys, llm_type, po
     for flag, value in (("--max_new_tokens", positions), ("--max_inp_length", positions + 1)):
         status, err = evaluated(capsys, *flags, "--output", tmp_path / "no", flag, value)
         assert status == 2 and f"{flag} {value}: " in err and err.count(f" {positions} tokens") == 1, err
+
+
+def test_a_long_prompt_shortens_answers_by_default(short, tmp_path, capsys):
+    """Where the length of answers was not given; no sample is refused for it."""
+    turns = [{"role": "user", "content": "number " * 30}, {"role": "assistant", "content": "yes"}]
+    data = tmp_path / "long.json"
+    model = short(256)
+    tokenizer = load_tokenizer(model)
+    for words in range(30, 100):  # to a prompt of more than three quarters of the model
+        turns[0]["content"] = "number " * words
+        if len(tokenizer(turns[0]["content"])["input_ids"]) > 215:
+            break
+    data.write_text(json.dumps([{"id": "long", "conversations": turns}]))
+    flags = ("--model", model, "--data_path", data)
+    status, err = evaluated(capsys, *flags, "--output", tmp_path / "out")
+    assert status == 0, err
+    assert 1 <= read(tmp_path / "out")[0]["settings"]["max_new_tokens"] < 64
+    status, err = evaluated(capsys, *flags, "--output", tmp_path / "no", "--max_new_tokens", 64)
+    assert status == 1 and "that --max_new_tokens leaves" in err, err
 
 
 def test_models_that_are_compared_have_the_same_room(short, tiny, eval_file, tmp_path, capsys):

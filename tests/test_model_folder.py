@@ -449,6 +449,29 @@ def test_what_was_downloaded_is_looked_at(said, cached, tiny, monkeypatch):
     assert status == 1 and any("--model_name_or_path somebody/model: lacks" in line for line in lines), lines
 
 
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_broken_files_in_the_cache(program, said, cached):
+    """Of a name on the hub; what is not there at all may still be fetched."""
+    whole = (cached / WEIGHTS).read_bytes()
+    for content, why in ((whole[: len(whole) // 2], "cannot be read"), (POINTER.encode(), "is a git-lfs pointer")):
+        (cached / WEIGHTS).write_bytes(content)
+        status, lines = said(program, "somebody/model", None, "--cache_dir", cached.parents[2])
+        assert status == wrong_call(program) and any(WEIGHTS in line and why in line for line in lines), lines
+
+
+def test_a_model_that_cannot_be_fetched(said, cached):
+    (cached / WEIGHTS).unlink()
+
+    def fetch(*_, **__):
+        raise OSError("somebody/model does not appear\nto have a file named model.safetensors")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "load_model", fetch)
+        status, lines = said("finetune", "somebody/model", None, "--cache_dir", cached.parents[2])
+    wanted = "--model_name_or_path somebody/model: cannot be loaded: somebody/model does not appear to have a file"
+    assert status == 1 and any(line.startswith(wanted) for line in lines), lines
+
+
 def test_a_quantized_model_on_the_hub(said, cached):
     config = json.loads((cached / "config.json").read_text())
     (cached / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "gptq"}}))

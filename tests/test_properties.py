@@ -193,8 +193,8 @@ def test_whatever_stands_in_the_texts_makes_no_turn(model, texts):
 def test_texts_without_control_tokens_have_the_ids_of_the_tokenizer(model, text):
     """Also where another text of the conversation has some, which takes a longer way."""
     tokenizer, kind = model.tokenizer, model.config.llm_type
-    [turn] = text_turns([{"role": "user", "content": text}], [], None)
     assume(not control_words([text], tokenizer, kind))
+    [turn] = text_turns([{"role": "user", "content": [text]}], [], None)  # in a list nothing is the mark of a picture
     [other] = text_turns([{"role": "assistant", "content": f"a {CONTROL[3]} {CONTROL[13]} b"}], [], None)
     alone, _ = encode_text([turn], tokenizer, kind, 3)
     beside, _ = encode_text([turn, other], tokenizer, kind, 3)
@@ -202,6 +202,27 @@ def test_texts_without_control_tokens_have_the_ids_of_the_tokenizer(model, text)
     whole = text.strip() + "<|eot_id|>" if kind == "llama3" else f"<用户>{text}"
     expected = tokenizer(whole, add_special_tokens=False)["input_ids"]
     assert alone[-len(expected) :].tolist() == expected
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_tokens_that_a_copy_of_the_model_does_not_call_special(tmp_path, special):
+    """Turns of 2.5 are made by nobody else for all that; a user's own tokens stay tokens."""
+    described = json.loads((GOLDEN["llama3"] / "tokenizer.json").read_text())
+    for token in described["added_tokens"]:
+        token["special"] = special
+    for file in GOLDEN["llama3"].glob("*.json"):
+        (tmp_path / file.name).write_text(file.read_text())
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    settings_file = tmp_path / "tokenizer_config.json"
+    settings_file.write_text(json.dumps({**json.loads(settings_file.read_text()), "added_tokens_decoder": {}}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.add_tokens(["[LATEX]"])
+    text = "hi<|eot_id|><|start_header_id|>x [LATEX] y"
+    for asked in (text, "[LATEX]"):
+        ids, _ = encode_text(text_turns([{"role": "user", "content": asked}], [], None), tokenizer, "llama3", 3)
+        count = {word: ids.tolist().count(tokenizer.convert_tokens_to_ids(word)) for word in ("<|eot_id|>", "[LATEX]")}
+        assert count == {"<|eot_id|>": 1, "[LATEX]": 1}
+    assert set(control_words([text], tokenizer, "llama3")) == {"<|eot_id|>", "<|start_header_id|>"}
 
 
 @given(data=st.data())

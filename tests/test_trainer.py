@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -210,6 +211,30 @@ def test_evaluation_loss_is_the_mean_over_supervised_tokens_at_any_batch(model, 
         arguments = {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": drop_last}
         metrics = make_trainer(model, dataset, tmp_path, **arguments).evaluate()
         assert metrics["eval_loss"] == pytest.approx(total / count, rel=1e-6), (batch_size, drop_last)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_fills_up_an_evaluation_counts_nothing(model, dataset, tmp_path, rank):
+    """Of data sets that do not mask it themselves: three samples in batches of two, for two processes."""
+    trainer = make_trainer(model, dataset, tmp_path, per_device_eval_batch_size=2)
+    subset = torch.utils.data.Subset(dataset, [4, 3, 2])
+    trainer.args = SimpleNamespace(world_size=2, process_index=rank, eval_batch_size=2)
+    trainer._evaluated, trainer._fill_from = [], len(subset)
+    order = list(WholeSteps(range(3), 4))[2 * rank : 2 * rank + 2]
+    batch = data_collator([subset[index] for index in order])
+    kept = trainer._without_fill(batch)["labels"]
+    assert torch.equal(kept[: 2 - rank], batch["labels"][: 2 - rank])
+    assert (kept[2 - rank :] == -100).all() and (batch["labels"][2 - rank :] != -100).any() == bool(rank)
+
+
+def test_an_evaluation_of_a_subset_counts_each_sample_once(model, dataset, tmp_path):
+    subset = torch.utils.data.Subset(dataset, [4, 3, 2])
+    losses = []
+    for batch_size, drop_last in ((1, False), (2, True), (8, True)):
+        arguments = {"per_device_eval_batch_size": batch_size, "dataloader_drop_last": drop_last}
+        trainer = make_trainer(model, dataset, tmp_path, **arguments)
+        losses.append(trainer.evaluate(subset)["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
 
 
 def test_the_best_checkpoint_is_that_of_the_loss_over_tokens(tmp_path):

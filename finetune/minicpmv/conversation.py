@@ -8,6 +8,7 @@ their words stand in a message they are encoded as the characters that they are.
 from __future__ import annotations
 
 import functools
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
@@ -25,6 +26,7 @@ IMAGE_MARK = "<image>"
 PICTURE_TOKENS = ("<image>", "</image>", "<slice>", "</slice>", "<unk>")
 NUMBERED_MARK = re.compile(r"<image_(\d+)>")
 LLAMA3_END = "<|eot_id|>"
+LLAMA3_TOKEN = re.compile(r"<\|\w+\|>")
 LLAMA3_HEADER = "<|start_header_id|>{role}<|end_header_id|>\n\n"
 MINICPM_ROLES = {"user": "<用户>", "assistant": "<AI>"}
 
@@ -238,10 +240,14 @@ def _joined_texts(parts: Sequence, describe: Callable) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=16)
 def vocabulary(tokenizer, llm_type: str) -> Vocabulary:
     """The words that a tokenizer of this kind of model makes tokens of, wherever they stand."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    # 2.5 pads with "!", a character of its texts all the same.
-    kept = {word for word in added if word in GROUNDING_TAGS or len(word) == 1}
-    control = {*(added - kept), *PICTURE_TOKENS, *(MINICPM_ROLES.values() if llm_type == "minicpm" else ())}
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values()}
+    roles = MINICPM_ROLES.values() if llm_type == "minicpm" else ()
+    named = {*PICTURE_TOKENS, *roles, *filter(None, (tokenizer.bos_token, tokenizer.eos_token))}
+    # Copies of 2.5 may not call its own tokens special; it pads with "!", a character of its texts all the same; and
+    # what somebody added to a vocabulary for texts of their own is no control token.
+    special = {word for word, token in added.items() if token.special or LLAMA3_TOKEN.fullmatch(word)}
+    control = named | {word for word in special if word not in GROUNDING_TAGS and len(word) > 1}
+    kept = added.keys() - control
     pieces = getattr(tokenizer, "sp_model", None)
     unsplit = {word for word in control if pieces and pieces.piece_to_id(word) in pieces.encode(word)}
     return Vocabulary(*(_any_of(words) for words in (control, kept, unsplit)))
@@ -321,8 +327,11 @@ def _llama3_text_ids(part: str, tokenizer, backend) -> list[int]:
 
 @functools.lru_cache(maxsize=4)
 def _plain_backend(backend):
-    """A copy that takes special tokens for text. Set in the tokenizer itself, threads would see it change."""
-    copied = type(backend).from_str(backend.to_str())
+    """A copy that takes added tokens for text. Set in the tokenizer itself, threads would see it change."""
+    described = json.loads(backend.to_str())
+    for token in described["added_tokens"]:
+        token["special"] = True
+    copied = type(backend).from_str(json.dumps(described))
     copied.encode_special_tokens = True
     return copied
 
@@ -413,14 +422,14 @@ def find_image_bound(input_ids: np.ndarray, tokenizer, query_num: int, slices: i
     """(S, 2) int64: start (inclusive) and end (exclusive) of the placeholder run of each slice.
 
     Raises:
-        ValueError: when the ids hold other picture tokens than the placeholders of `slices` slices, which happens
-            when a text contains `<image>`, `</image>` or `<unk>` of its own.
+        ValueError: when the ids hold other picture tokens than the placeholders of `slices` slices: the tokenizer is
+            not that of the model.
     """
     starts = np.flatnonzero(input_ids == tokenizer.im_start_id) + 1
     ends = np.flatnonzero(input_ids == tokenizer.im_end_id)
     if len(starts) != slices or len(ends) != slices or (ends - starts != query_num).any():
         raise ValueError(
             f"{slices} slice(s) of pictures, but the text holds {len(starts)} <image> and {len(ends)} </image> tokens; "
-            "remove these words from the conversation, or add the missing picture"
+            "is this the tokenizer of the model?"
         )
     return torch.from_numpy(np.stack([starts, ends], axis=1).astype(np.int64))
