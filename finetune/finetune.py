@@ -119,7 +119,9 @@ def train(argv: list[str] | None = None) -> None:
     try:
         with explained(None, args, config):
             model = load_model(model_args, args, lora_args, config)
-    except (OSError, SafetensorError) as error:  # such as a name on the hub of which not all can be fetched
+    except (OSError, SafetensorError) as error:
+        if Path(model_args.model_name_or_path).is_dir():  # whose files have been looked at
+            raise
         cause = " ".join(str(error).split())
         raise ProcessError(
             f"--model_name_or_path {model_args.model_name_or_path}: cannot be loaded: {cause}"

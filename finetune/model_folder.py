@@ -349,9 +349,10 @@ def empty_adapter(model: MiniCPMV, adapter: str | os.PathLike) -> PeftModel:
     try:
         config = PeftConfig.from_pretrained(str(adapter))
         config.init_lora_weights = False  # some ways to begin with compute from the base's values; shapes are the same
-        config.base_model_name_or_path = model.name_or_path  # of which PEFT would warn that it changes
+        config.base_model_name_or_path = model.name_or_path
         with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what they say is looked at by those who ask
+            # PEFT tells of the change from the base's name to this model's, which has none.
+            warnings.filterwarnings("ignore", "The PEFT config's `base_model_name_or_path` was renamed")
             return get_peft_model(model, config, autocast_adapter_dtype=False)
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(_one_line(error)) from error
@@ -371,7 +372,9 @@ def adapter_fit(
     name = network.active_adapter
     state = network.state_dict(keep_vars=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of shapes, which are compared here
+        # PEFT says what could be wrong where it saves: of shapes, which are compared below, and of embeddings.
+        warnings.filterwarnings("ignore", r"Adapter .* LoRA tensor\(s\) have invalid shape")
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers`")
         wanted = get_peft_model_state_dict(network, state_dict=state, adapter_name=name, save_embedding_layers=False)
     found = describe(matrices)
     problems = []
