@@ -21,7 +21,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -52,7 +52,7 @@ from finetune.errors import ProcessError, UserError, is_main_of_node, over_proce
 from finetune.evaluation_page import write_evaluation
 from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers
 from finetune.guards import LOADER_ERRORS, death_of_loader, die_with_launcher, lacking_memory
-from finetune.loading import ADAPTER_CONFIG_NAME, base_of_adapter, load_tokenizer
+from finetune.loading import ADAPTER_CONFIG_NAME, load_tokenizer, named_base
 from finetune.machines import end_together, say_threads
 from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
 from finetune.minicpmv import LLM_TYPES
@@ -166,21 +166,13 @@ def check_arguments(arguments: argparse.Namespace) -> list[str]:
     else:
         read = [(f"--{flag}", getattr(arguments, flag)) for flag in ("model", "base", "compare")]
         read += [
-            (f"the base of --{flag}", adapter_base(path))
+            (f"the base of --{flag}", named_base(path))
             for flag in ("model", "compare")
             if (path := getattr(arguments, flag)) and arguments.base is None
         ]
         data = [("--data_path", path) for path in arguments.data_path]
         wrong += output_problems("--output", arguments.output, read, data)
     return wrong
-
-
-def adapter_base(path: str) -> str | None:
-    """What an adapter names as its base, where this is one and says it; what is wrong with it is said elsewhere."""
-    with suppress(OSError, ValueError):
-        folder = Path(at_home(path))
-        return base_of_adapter(folder) if os.path.exists(folder / ADAPTER_CONFIG_NAME) else None
-    return None
 
 
 def evaluate(arguments: argparse.Namespace, tasks: Sequence[Task], earlier: list[dict] | None, limited: str) -> dict:

@@ -44,6 +44,7 @@ from finetune.model_folder import (
     unreadable,
     weight_files,
 )
+from finetune.places import at_home
 
 SETTINGS_NAME = "training_settings.json"
 # `tokenizer_class` of early copies, and the class that it stands for, where the name tells.
@@ -236,6 +237,14 @@ def base_of_adapter(folder: str | os.PathLike) -> str:
             "base model is now (--base DIR, or base= in Python)"
         )
     return base
+
+
+def named_base(path: str | os.PathLike) -> str | None:
+    """What an adapter names as its base, where this is one and says it; what is wrong with it is said elsewhere."""
+    with suppress(OSError, ValueError):
+        folder = Path(at_home(os.fspath(path)))
+        return base_of_adapter(folder) if os.path.exists(folder / ADAPTER_CONFIG_NAME) else None
+    return None
 
 
 def is_hub_name(path: str) -> bool:

@@ -19,7 +19,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -42,6 +42,7 @@ from finetune.loading import (
     SETTINGS_NAME,
     checkpoint_folder,
     load_tokenizer,
+    named_base,
     other_base_problems,
     read_record,
     recorded_weights,
@@ -111,7 +112,7 @@ def merge(
             does not fit the dtype.
     """
     adapter, output = at_home(os.fspath(adapter)), at_home(os.fspath(output))
-    read = [("--adapter", adapter), ("--base", _base_of(adapter) if base is None else base)]
+    read = [("--adapter", adapter), ("--base", named_base(adapter) if base is None else base)]
     problems = [*_output_problems(Path(output), read), *_shard_problems(max_shard_size)]
     own = _adapter_problems(Path(adapter))
     problems += own
@@ -539,13 +540,6 @@ def _compare(file: Path, tensors: dict[str, torch.Tensor]) -> None:
         found = read(name)
         if found.dtype != tensor.dtype or not torch.equal(found.view(torch.uint8), tensor.view(torch.uint8)):
             raise UserError(f"{file}: {name} was not written well; try again")
-
-
-def _base_of(adapter: str) -> str | None:
-    """What an adapter names as its base, for comparison alone: what is wrong with it, others say."""
-    with suppress(OSError, ValueError, AttributeError):
-        return json.loads(Path(adapter, ADAPTER_CONFIG_NAME).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    return None
 
 
 def _output_problems(output: Path, read: Sequence[tuple[str, str | os.PathLike | None]]) -> list[str]:
