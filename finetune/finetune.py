@@ -69,6 +69,7 @@ from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
 from finetune.model_folder import adapter_fit, described_weights, empty_adapter, empty_model, misfit, weight_problems
 from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
+from finetune.resume import flags_of, recorded_flags, say_changes, schedule_problems
 from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
 from finetune.zero import GROUP_ELEMENTS
@@ -106,7 +107,9 @@ def train(argv: list[str] | None = None) -> None:
         _compare_slicing(config, lora_args.lora_weight_path)
     checkpoint = checkpoint_to_resume(args)
     _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
-    _stop_on(_resume_problems(checkpoint, args) if checkpoint else [], "This checkpoint is not one of such a run:")
+    if checkpoint:
+        problems = [*_resume_problems(checkpoint, args), *schedule_problems(recorded_flags(checkpoint), args)]
+        _stop_on(problems, "This checkpoint is not one of such a run:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
     if checkpoint is not None:
@@ -147,6 +150,8 @@ def train(argv: list[str] | None = None) -> None:
     if args.use_lora:  # so that merging can tell whether it is given the same base
         settings["base_weights"] = _sampled_base(model_args.model_name_or_path, args.cache_dir)
     logger.info("settings: %s", ", ".join(f"{name} {value}" for name, value in resolved.items()))
+    if checkpoint is not None:
+        say_changes(recorded_flags(checkpoint), flags_of(settings))
     logger.info("parameters\n%s", parameter_table(model))
 
     trainer = CPMTrainer(

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
@@ -50,6 +51,7 @@ from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.model_card import CARD, is_edited, write_card
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
+from finetune.resume import apply_settings, forget_best_of_another_metric, settings_of_groups
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
@@ -192,10 +194,13 @@ class CPMTrainer(Trainer):
         return norm
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *args) -> tuple[int, int]:
-        """As in Trainer; a run that is resumed with all its steps behind it takes no further one. Trainer (5.17 to
-        5.24) takes one where the last step lies within an epoch, and has no public place before its first step."""
+        """As in Trainer; a run that is resumed logs, evaluates and saves as its flags say now, and with all its steps
+        behind it takes no further one. Trainer (5.17 to 5.24) keeps the flags of the checkpoint, takes a step where the
+        last one lies within an epoch, and has no public place before its first step."""
         place = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
         self._steps_per_epoch = steps_per_epoch
+        self.state.compute_steps(self.args, max_steps)
+        forget_best_of_another_metric(self.state, self.args.metric_for_best_model)
         return (epochs, 0) if self.state.global_step >= max_steps else place
 
     @property
@@ -212,7 +217,8 @@ class CPMTrainer(Trainer):
             give_own_rate(
                 optimizer, [p for name, p in self.model.named_parameters() if VISION_TOWER.search(name)], rate
             )
-        if self._zero_stage in (1, 2) and self.group_elements:
+        # The DeepSpeed file's own optimizer is made later, by DeepSpeed.
+        if self._zero_stage in (1, 2) and self.group_elements and hasattr(optimizer, "param_groups"):
             split_param_groups(optimizer, self.group_elements)
         return optimizer
 
@@ -455,6 +461,19 @@ class CPMTrainer(Trainer):
 
     def _get_output_dir(self, trial) -> str:
         return super()._get_output_dir(trial) if self._aside is None else str(self._aside)
+
+    def create_scheduler(self, *args, **kwargs) -> LRScheduler:
+        """As in Trainer, which calls it when nothing of a checkpoint is loaded yet."""
+        scheduler = super().create_scheduler(*args, **kwargs)
+        self._asked = settings_of_groups(kwargs.get("optimizer") or self.optimizer)
+        return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As in Trainer; rates, schedule and the optimizer's settings are then those of the flags, see `resume.py`. A
+        private method, since Trainer has no public place behind the loading of a checkpoint."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            apply_settings(self.optimizer, self.lr_scheduler, self._asked)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """As in Trainer; on disks of each node's own, with the file that DeepSpeed writes on the first node alone. A

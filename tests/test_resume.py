@@ -1,0 +1,190 @@
+"""Resuming with other flags: each takes effect, or is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, launch, losses, outcome
+
+from finetune.finetune import train
+
+SAVED = 4  # steps of the run that is gone on with
+FLAGS = (
+    *("--use_lora", "true", "--lora_r", 4, "--lora_dropout", 0, "--tune_vision", "false", "--tune_resampler", "false"),
+    *("--tune_embed_tokens", "false", "--batch_size", 2, "--logging_steps", 1, "--save_steps", 2, "--max_slice_nums", 1),
+    *("--learning_rate", 1e-3, "--warmup_ratio", 0.25, "--report_to", "none", "--dataloader_num_workers", 0),
+    *("--disable_tqdm", "true"),
+)
+
+
+@pytest.fixture(scope="module")
+def started(tiny, data_file, tmp_path_factory):
+    """Folder of a finished run of four steps, on the cosine schedule, with checkpoints at 2 and 4."""
+    folder = tmp_path_factory.mktemp("started") / "out"
+    run(folder, tiny, data_file, "--max_steps", SAVED)
+    return folder
+
+
+@pytest.fixture
+def gone_on(started, tiny, data_file, tmp_path):
+    """Goes on with a copy of that run, from its newest checkpoint, or that of `step`; returns the folder."""
+
+    def go_on(*flags: object, step: int = SAVED) -> Path:
+        folder = tmp_path / "out"
+        shutil.copytree(started, folder)
+        for later in range(step + 2, SAVED + 2, 2):
+            shutil.rmtree(folder / f"checkpoint-{later}")
+        run(folder, tiny, data_file, "--resume_from_checkpoint", "true", *flags)
+        return folder
+
+    return go_on
+
+
+def run(folder: Path, tiny, data_file: Path, *flags: object) -> None:
+    needed = ("--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", folder)
+    train([str(word) for word in (*needed, *FLAGS, *flags)])
+
+
+def history(folder: Path, name: str) -> dict[int, float]:
+    """What was logged under a name, by step."""
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+def rates(folder: Path) -> dict[int, float]:
+    return history(folder, "learning_rate")
+
+
+def optimizer_settings(checkpoint: Path) -> list[dict]:
+    groups = torch.load(checkpoint / "optimizer.pt", weights_only=True)["param_groups"]
+    return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "constant_with_warmup", "inverse_sqrt"])
+def test_a_finished_run_is_extended_at_the_rates_of_an_unbroken_one(schedule, gone_on, tiny, data_file, tmp_path):
+    flags = ("--max_steps", 8, "--lr_scheduler_type", schedule)
+    run(tmp_path / "unbroken", tiny, data_file, *flags, "--save_strategy", "no")
+    folder = gone_on(*flags)
+    assert sorted(rates(folder)) == list(range(1, 9))
+    for step in range(SAVED + 1, 9):
+        assert rates(folder)[step] == pytest.approx(rates(tmp_path / "unbroken")[step], rel=1e-9), step
+        assert rates(folder)[step] > 0
+
+
+def test_epochs_are_added(gone_on, started, tiny, data_file, tmp_path):
+    """24 samples, two at a time: 12 steps an epoch."""
+    flags = ("--max_steps", -1, "--num_train_epochs", 2)
+    run(tmp_path / "unbroken", tiny, data_file, *flags, "--save_strategy", "no")
+    folder = gone_on(*flags)
+    expected = rates(tmp_path / "unbroken")
+    assert len(expected) == 24
+    assert [rates(folder)[step] for step in range(5, 25)] == pytest.approx([expected[step] for step in range(5, 25)])
+
+
+def test_a_new_learning_rate_takes_effect(gone_on, started, caplog):
+    folder = gone_on("--max_steps", SAVED, "--learning_rate", 2e-3, step=2)
+    before, after = rates(started), rates(folder)
+    assert [after[1], after[2]] == [before[1], before[2]]
+    assert [after[3], after[4]] == pytest.approx([2 * before[3], 2 * before[4]])
+    assert all(group["initial_lr"] == 2e-3 for group in optimizer_settings(folder / "checkpoint-4"))
+    assert "--learning_rate 0.002 (was 0.001)" in caplog.text
+
+
+def test_unchanged_flags_say_nothing_and_change_nothing(gone_on, started, caplog):
+    folder = gone_on("--max_steps", SAVED, step=2)
+    assert rates(folder) == rates(started) and losses(folder) == pytest.approx(losses(started), rel=1e-6)
+    assert optimizer_settings(folder / "checkpoint-4") == optimizer_settings(started / "checkpoint-4")
+    assert "other flags" not in caplog.text
+
+
+def test_settings_of_the_optimizer_take_effect(gone_on):
+    new = ("--weight_decay", 0.2, "--adam_beta1", 0.8, "--adam_beta2", 0.9, "--adam_epsilon", 1e-6)
+    folder = gone_on("--max_steps", 6, *new)
+    for group in optimizer_settings(folder / "checkpoint-6"):
+        assert group["betas"] == (0.8, 0.9) and group["eps"] == 1e-6
+    assert max(group["weight_decay"] for group in optimizer_settings(folder / "checkpoint-6")) == 0.2
+
+
+def test_steps_of_logs_checkpoints_and_evaluations_take_effect(gone_on, data_file):
+    evaluation = ("--eval_strategy", "steps", "--eval_steps", 3, "--eval_data_path", data_file)
+    folder = gone_on("--max_steps", 9, "--logging_steps", 2, "--save_steps", 3, *evaluation)
+    assert sorted(rates(folder)) == [1, 2, 3, 4, 6, 8]
+    assert sorted(history(folder, "eval_loss")) == [6, 9]
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == [f"checkpoint-{n}" for n in (2, 4, 6, 9)]
+
+
+def test_another_form_of_the_schedule_takes_effect(gone_on):
+    folder = gone_on("--max_steps", 8, "--lr_scheduler_type", "constant", "--warmup_ratio", 0)
+    assert [rates(folder)[step] for step in range(5, 9)] == [1e-3] * 4
+
+
+def test_schedules_by_steps_and_by_evaluations_are_not_exchanged(started, tiny, data_file, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(started, folder)
+    needed = ("--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", folder)
+    new = ("--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps", "--eval_data_path", data_file)
+    words = (*needed, *FLAGS, "--max_steps", 6, "--resume_from_checkpoint", "true", *new)
+    status, lines = outcome(train, words, capsys)
+    assert status == 1
+    assert any(line.startswith("--lr_scheduler_type reduce_lr_on_plateau: the checkpoint's rate") for line in lines)
+
+
+def test_the_rate_of_a_plateau_is_kept(tiny, data_file, tmp_path, capsys):
+    """Resumed without a change it goes on at the rate that evaluations have made; another rate is refused."""
+    folder = tmp_path / "out"
+    flags = (
+        *("--lr_scheduler_type", "reduce_lr_on_plateau", "--lr_scheduler_kwargs", '{"mode": "max", "patience": 0}'),
+        *("--eval_strategy", "steps", "--eval_steps", 1, "--eval_data_path", data_file),
+        *("--save_steps", 1, "--warmup_ratio", 0),
+    )
+    run(folder, tiny, data_file, *flags, "--max_steps", 3)
+    assert rates(folder)[3] < 1e-3
+    reached = optimizer_settings(folder / "checkpoint-3")[0]["lr"]
+    resumed = ("--max_steps", 4, "--resume_from_checkpoint", "true")
+    needed = ("--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", folder)
+    status, lines = outcome(train, (*needed, *FLAGS, *flags, *resumed, "--learning_rate", 5e-4), capsys)
+    assert status == 1 and any(line.startswith("--learning_rate 0.0005: the checkpoint's rate") for line in lines)
+    run(folder, tiny, data_file, *flags, *resumed)
+    assert rates(folder)[4] <= reached
+
+
+def test_another_metric_chooses_the_best_anew(tiny, data_file, tmp_path, caplog):
+    """A loss is not compared with a score."""
+    folder = tmp_path / "out"
+    flags = (
+        *("--eval_strategy", "steps", "--eval_steps", 2, "--eval_data_path", data_file, "--load_best_model_at_end"),
+        *("true", "--predict_with_generate", "true", "--predict_samples", 2, "--predict_max_new_tokens", 4),
+    )
+    run(folder, tiny, data_file, *flags, "--max_steps", 2)
+    new = ("--metric_for_best_model", "token_f1", "--max_steps", 4, "--resume_from_checkpoint", "true")
+    run(folder, tiny, data_file, *flags, *new)
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert "was chosen by another metric than eval_token_f1" in caplog.text
+    assert state["best_global_step"] == 4 and state["best_metric"] == history(folder, "eval_token_f1")[4]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("own_optimizer", [False, True])
+def test_deepspeed_runs_are_extended_at_the_rates_of_unbroken_ones(stage, own_optimizer, tiny, data_file, tmp_path):
+    """Also where the DeepSpeed file has the optimizer."""
+    config = json.loads((ROOT / "finetune" / f"ds_config_zero{stage}.json").read_text())
+    if own_optimizer:
+        config["optimizer"] = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}}
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(config))
+
+    def go(folder: Path, *flags: object) -> None:
+        words = (*FLAGS, "--save_steps", 4, "--weight_decay", 0.1, *flags)
+        variables = {"MODEL": tiny["llama3"], "DATA": data_file, "OUTPUT_DIR": folder, "GPUS_PER_NODE": 2}
+        launch("finetune_lora.sh", *words, DS_CONFIG=file, **variables)
+
+    go(tmp_path / "out", "--max_steps", 4)
+    go(tmp_path / "out", "--max_steps", 8, "--resume_from_checkpoint", "true", "--learning_rate", 3e-3)
+    go(tmp_path / "unbroken", "--max_steps", 8, "--learning_rate", 3e-3)
+    after, expected = rates(tmp_path / "out"), rates(tmp_path / "unbroken")
+    assert [after[step] for step in range(5, 9)] == pytest.approx([expected[step] for step in range(5, 9)], rel=1e-9)
