@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from finetune.data_files import Samples
 from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError, is_main_of_node, over_processes, rank, shown
+from finetune.errors import UserError, is_main_of_node, nodes, over_processes, rank, shown
 from finetune.pictures import forget_sizes, picture_paths
 from finetune.sample_check import REMARKS
 
@@ -109,25 +109,32 @@ def warn_of_remarks(datasets: Iterable[SupervisedDataset]) -> None:
 
 
 def check_same_data(samples: Mapping[str, Samples]) -> None:
-    """Finds processes that read other data than the first, as where a machine has an older copy of a file.
+    """Finds nodes that read other data than the first, as where a machine has an older copy of a file. All processes
+    must call it; the first of each node reads the files, where there is another node.
 
     Raises:
         UserError: in all processes, with what each reads.
     """
-    own = {split: [(Path(path).name, *_content(Path(path))) for path in of.paths] for split, of in samples.items()}
     counts = {split: len(of) for split, of in samples.items()}
-    everyone = over_processes((socket.gethostname(), own, counts))
-    if all(each[1:] == everyone[0][1:] for each in everyone):
+    files = None
+    if nodes() > 1 and is_main_of_node():
+        paths = {split: list(map(Path, of.paths)) for split, of in samples.items()}
+        files = {split: [(path.name, *_content(path)) for path in paths[split]] for split in paths}
+    everyone = over_processes((socket.gethostname(), files, counts))
+    read = [(number, *each) for number, each in enumerate(everyone) if each[1] is not None]
+    if all(of_process == counts for *_, of_process in everyone) and all(each[2] == read[0][2] for each in read):
         return
-    lines = []
-    for number, (host, files, numbers) in enumerate(everyone):
-        reads = "; ".join(
-            f"{split}: {numbers[split]} samples, "
-            + ", ".join(f"{name} ({size} bytes, content {digest[:8]})" for name, size, digest in files[split])
-            for split in files
-        )
-        lines.append(f"process {number} on {host} reads {reads}")
+    lines = [
+        f"process {number} on {host} reads " + "; ".join(_reads(split, numbers[split], files) for split in numbers)
+        for number, (host, files, numbers) in enumerate(everyone)
+    ]
     raise UserError("The processes read different data; give all machines the same files:\n" + report_problems(lines))
+
+
+def _reads(split: str, count: int, files: Mapping[str, list[tuple[str, int, str]]] | None) -> str:
+    """What a process reads, in words; files: None, where it has only counted the samples."""
+    contents = [f"{name} ({size} bytes, content {digest[:8]})" for name, size, digest in (files or {}).get(split, ())]
+    return f"{split}: {', '.join([f'{count} samples', *contents])}"
 
 
 def _content(path: Path) -> tuple[int, str]:

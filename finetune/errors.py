@@ -40,6 +40,11 @@ def processes() -> int:
     return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
+def nodes() -> int:
+    """How many machines the run has; all processes must call it."""
+    return sum(over_processes(is_main_of_node()))
+
+
 def is_main_of_node() -> bool:
     """Whether this process is the first of its machine, which is the one that prints."""
     return os.environ.get("LOCAL_RANK", "0") == "0"

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from finetune.arguments import TrainingArguments
-from finetune.errors import UserError, is_main_of_node, over_processes
+from finetune.errors import UserError, is_main_of_node, nodes, over_processes
 
 logger = logging.getLogger("finetune")
 
@@ -31,13 +31,6 @@ def say_threads() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
-def node_count() -> int:
-    """Nodes of this run."""
-    if not torch.distributed.is_initialized():
-        return 1
-    return torch.distributed.get_world_size() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def output_is_shared(output_dir: str | os.PathLike) -> bool:
     """Whether `output_dir` is the same folder on all nodes; called by every process, with the same answer in each.
 
@@ -46,7 +39,7 @@ def output_is_shared(output_dir: str | os.PathLike) -> bool:
     Raises:
         UserError: in every process, when only some of the nodes share it, or some cannot write there.
     """
-    if node_count() == 1:
+    if nodes() == 1:
         return True
     first = is_main_of_node()
     folder = Path(output_dir)
@@ -93,15 +86,15 @@ def save_where_all_can_read(args: TrainingArguments) -> None:
     Raises:
         UserError: as `output_is_shared`.
     """
-    nodes = node_count()
-    if nodes == 1:
+    count = nodes()
+    if count == 1:
         return
     shared = output_is_shared(args.output_dir)
     args.save_on_each_node = not shared
     if args.deepspeed:
         args.hf_deepspeed_config.config.setdefault("checkpoint", {})["use_node_local_storage"] = not shared
     kind = "one folder for all: written once" if shared else "a folder on each node's own disk: written on each"
-    logger.info("%d nodes; --output_dir %s is %s", nodes, args.output_dir, kind)
+    logger.info("%d nodes; --output_dir %s is %s", count, args.output_dir, kind)
 
 
 def end_together() -> None:

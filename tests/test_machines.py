@@ -9,13 +9,16 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import PATIENCE, ROOT, launch, launch_nodes, losses
 from safetensors.torch import load_file
 
+from finetune import checks
 from finetune.checkpoints import newest_everywhere
+from finetune.data_files import load_samples
 from finetune.errors import UserError
 from finetune.finetune import _stop_on, train
 from finetune.loading import load_finetuned
@@ -83,6 +86,35 @@ def test_a_problem_of_one_node_is_told_on_all(tmp_path):
     same = lambda _: _stop_on(["of both"], "Wrong:")  # noqa: E731
     assert processes(same, tmp_path / "store2", 2) == ["UserError: Wrong:\nof both"] * 2
     assert processes(lambda _: _stop_on([], "Wrong:"), tmp_path / "store3", 2) == [None] * 2
+
+
+@pytest.mark.parametrize(("count", "per_node", "readers"), [(1, 1, []), (2, 2, []), (4, 2, [0, 2]), (2, 1, [0, 1])])
+def test_data_files_are_compared_by_the_first_process_of_each_of_several_nodes(count, per_node, readers, tmp_path):
+    (tmp_path / "train.json").write_text(json.dumps([{"id": n} for n in range(3)]))
+
+    def work(_: int) -> bool:
+        with mock.patch("finetune.checks._content", wraps=checks._content) as content:
+            checks.check_same_data({"train": load_samples(tmp_path / "train.json")})
+        return content.called
+
+    found = processes(work, tmp_path / "store", count, per_node)
+    assert [rank for rank in range(count) if found[rank]] == readers
+
+
+def test_the_node_with_another_file_is_named(tmp_path):
+    """Another file with as many samples, and one with more, of which each process tells."""
+    for rank, samples in enumerate([["a", "b"], ["a", "b"], ["a", "c"], ["a", "b", "c"]]):
+        (tmp_path / f"{rank}.json").write_text(json.dumps([{"id": name} for name in samples]))
+
+    def read(*files: int) -> list:
+        work = lambda rank: checks.check_same_data({"train": load_samples(tmp_path / f"{files[rank]}.json")})  # noqa: E731
+        return processes(work, tmp_path / f"store{''.join(map(str, files))}", 4, per_node=2)
+
+    assert all(
+        text.startswith("UserError: The processes read different data") and "process 2" in text and "2.json (" in text
+        for text in read(0, 0, 2, 2)
+    )
+    assert all("process 1 on" in text and "reads train: 3 samples" in text for text in read(0, 3, 0, 0))
 
 
 @pytest.mark.parametrize(
