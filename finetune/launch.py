@@ -13,6 +13,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
+
+if __name__ == "__main__":  # in the place of this folder, where `import evaluate` would find ours
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 from torch.distributed.elastic.multiprocessing import SignalException
