@@ -39,7 +39,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.checkpoints import copy_processor, written_aside
-from finetune.dataset import Repeated, SupervisedDataset
+from finetune.dataset import Repeated, SupervisedDataset, data_collator
 from finetune.errors import over_processes
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import EvaluationLeft, Guard, explained, let_workers_live
@@ -109,7 +109,15 @@ class CPMTrainer(Trainer):
     ):
         config = getattr(kwargs.get("model", args[0] if args else None), "config", None)
         use_cache = getattr(config, "use_cache", None)
+        if len(args) < 3:  # the third of Trainer's
+            kwargs["data_collator"] = kwargs.get("data_collator") or data_collator
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.args.label_smoothing_factor}: the loss is plain cross entropy over the "
+                "answers; leave it out"
+            )
+        self.args.remove_unused_columns = False  # transformers' default is true: of a batch nothing would be left
         if use_cache is not None:
             config.use_cache = use_cache  # Trainer turns it off for good, though training says use_cache=False itself
         self.tokenizer = processing_class

@@ -99,6 +99,27 @@ def make_trainer(model, dataset, tmp_path, **arguments) -> CPMTrainer:
     )
 
 
+@pytest.mark.parametrize("collated", [True, False])
+def test_a_notebook_needs_transformers_own_arguments_alone(collated, model, dataset, tmp_path):
+    """With their defaults: they would take all columns away. The collator is ours where none is given."""
+    settings = {"max_steps": 1, "eval_strategy": "steps", "eval_steps": 1, "per_device_train_batch_size": 2}
+    arguments = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none", disable_tqdm=True, **settings)
+    given = {"data_collator": data_collator} if collated else {}
+    trainer = CPMTrainer(model=model, args=arguments, train_dataset=dataset, eval_dataset=dataset, **given)
+    trainer.train()
+    loss = trainer.evaluate()["eval_loss"]
+    assert loss == next(entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry)
+    plain = make_trainer(model, dataset, tmp_path / "plain")
+    assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
+    predicted = trainer.predict(dataset)
+    assert predicted.predictions.shape[:2] == predicted.label_ids.shape
+
+
+def test_smoothed_labels_are_refused(model, dataset, tmp_path):
+    with pytest.raises(ValueError, match=r"label_smoothing_factor=0\.1"):
+        make_trainer(model, dataset, tmp_path, label_smoothing_factor=0.1)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_loss_at_supervised_positions_equals_the_full_computation(model, dataset, tmp_path, training):
     trainer = make_trainer(model, dataset, tmp_path)
