@@ -164,18 +164,16 @@ class Asker:
     def _fitting(self, prompt_tokens: int) -> dict:
         """The settings, with no more new tokens than fit behind the prompt; where that is less, the user is told."""
         whole = self.model.config.max_position_embeddings
-        room = whole - prompt_tokens
         if prompt_tokens > self.max_inp_length:
             raising = f"raise it (up to {whole}), " if self.max_inp_length < whole else ""
             raise PromptTooLong(
                 f"the prompt has {prompt_tokens} tokens, more than --max_inp_length {self.max_inp_length}; {raising}"
                 "lower --max_slice_nums or say less"
             )
-        if room < 1:
-            raise PromptTooLong(
-                f"the prompt has {prompt_tokens} tokens, and the model takes {whole}, prompt and answer together; "
-                "lower --max_slice_nums or say less"
-            )
+        try:
+            room = self.model.room_behind(prompt_tokens)
+        except ValueError as error:
+            raise PromptTooLong(str(error)) from error
         asked = self.settings.get("max_new_tokens")
         if asked is None or asked <= room:
             return self.settings

@@ -7,6 +7,8 @@ L tokens of the longest prompt.
 
 from __future__ import annotations
 
+import logging
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,10 +23,12 @@ from tqdm import tqdm
 
 from finetune.checks import Problem, Remarks, decode_pictures, scan
 from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError, over_processes, processes, rank
+from finetune.errors import UserError, is_main_of_node, over_processes, processes, rank
 from finetune.guards import let_workers_live
 from finetune.metrics import Scores, mean_scores, score
 from finetune.minicpmv.streaming import answer_text, stop_ids
+
+logger = logging.getLogger("finetune")
 
 # Said in full, so that nothing in a checkpoint's generation_config.json gets into it.
 GREEDY = {
@@ -244,15 +248,23 @@ class Predictor:
         count = min(samples, len(dataset))
         spread = [place * len(dataset) // count for place in range(count)]
         found, _ = find_questions(dataset, spread)  # samples with a problem are the loss's to report
-        limit = dataset.max_length
-        self.questions = [question for question in found if limit is None or question.tokens < limit]
+        whole = dataset.max_positions or sys.maxsize
+        limit = min(dataset.max_length or sys.maxsize, whole)
+        self.questions = [question for question in found if question.tokens < limit]
         self.left_out = len(found) - len(self.questions)
         self.dataset, self.batch_size, self.workers = dataset, batch_size, workers
-        self.max_new_tokens = max_new_tokens
         if not self.questions:
             raise UserError(
                 f"--predict_with_generate true: the {count} samples to answer hold no question; look at their answers' "
                 "weights and at --model_max_length"
+            )
+        room = whole - max(question.tokens for question in self.questions)
+        self.max_new_tokens = min(max_new_tokens, room)
+        if room < max_new_tokens and is_main_of_node():
+            logger.warning(
+                "answers in evaluations can have %d tokens in place of --predict_max_new_tokens %d: with the longest "
+                "prompt the model takes %d",
+                *(room, max_new_tokens, whole),
             )
 
     def __call__(self, model: nn.Module, show_progress: bool = False) -> list[Answered]:

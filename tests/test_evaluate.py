@@ -203,6 +203,15 @@ def test_a_repetition_penalty_counts_the_answer_alone(loaded, llm_type, recwarn)
     assert not [warning for warning in recwarn if "repetition_penalty" in str(warning.message)]
 
 
+def test_answers_in_training_keep_to_the_positions_of_the_model(loaded, llm_type, monkeypatch, caplog):
+    _, dataset = loaded(llm_type)
+    longest = max(question.tokens for question in find_questions(dataset)[0])
+    monkeypatch.setattr(dataset, "max_positions", longest + 3)
+    assert Predictor(dataset, 4, 2, 9).max_new_tokens == 3 and "can have 3 tokens" in caplog.text
+    monkeypatch.setattr(dataset, "max_positions", longest)
+    assert Predictor(dataset, 4, 2, 9).left_out == 1
+
+
 def test_generation_leaves_no_trace(loaded, llm_type):
     """Mode, random states and the caller's gradients are as they were."""
     model, dataset = loaded(llm_type)

@@ -303,6 +303,31 @@ def test_chat(model, llm_type):
         model.chat(picture, question, tokenizer, max_inp_length=10)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_keeps_to_the_positions_of_the_model(model, llm_type, stream, monkeypatch, caplog):
+    """A history that leaves no room is refused, however long a prompt may be; an answer ends where they end."""
+    tokenizer = AutoTokenizer.from_pretrained(GOLDEN[llm_type])
+    turns = [{"role": "user", "content": "What colour is it?"}, {"role": "assistant", "content": "Red."}]
+    history = [*turns, *turns, turns[0]]
+    prompt = model.chat_inputs(None, history, tokenizer)["input_ids"].shape[1]
+    settings = {"sampling": False, "num_beams": 1, "eos_token_id": None, "stream": stream}
+    made = []
+    generate = model.llm.generate
+    monkeypatch.setattr(model.llm, "generate", lambda **kwargs: (made.append(generate(**kwargs)), made[-1])[1])
+    for room in (9, 4, 0, -1):
+        monkeypatch.setattr(model.config, "max_position_embeddings", prompt + room)
+        if room > 0:
+            "".join(model.chat(None, history, tokenizer, max_new_tokens=9, **settings))
+        else:
+            with pytest.raises(ValueError, match=f"has {prompt} tokens, and the model takes {prompt + room}, prompt"):
+                model.chat(None, history, tokenizer, max_inp_length=10**6, max_new_tokens=9, **settings)
+    assert [said.shape[1] for said in made] == [9, 4]
+    assert [record.args for record in caplog.records] == [(4, 9)]
+    with pytest.raises(ValueError) as error:
+        model.chat(None, history, tokenizer, max_inp_length=prompt - 1)
+    assert "raise it" not in str(error.value)  # which would not help
+
+
 def test_ids_beyond_the_vocabulary_have_no_text(llm_type):
     """An embedding may be longer than the vocabulary, and sampling may pick any of its rows."""
     tokenizer = AutoTokenizer.from_pretrained(GOLDEN[llm_type])

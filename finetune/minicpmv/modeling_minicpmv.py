@@ -7,6 +7,7 @@ Q query tokens per slice, D width of the language model. Labels are shifted by t
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
@@ -25,6 +26,8 @@ from .packing import Packing
 from .resampler import Resampler
 from .streaming import AnswerStream, answer_text, stop_ids
 from .vision import StripVisionTransformer, TimmVisionTower, patch_grid, to_patches
+
+logger = logging.getLogger(__name__)
 
 # The original chat's, with `sampling` and without.
 SAMPLING = {"do_sample": True, "top_p": 0.8, "top_k": 100, "temperature": 0.7, "repetition_penalty": 1.05}
@@ -385,9 +388,14 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             the answer, or an iterator over its pieces.
 
         Raises:
-            ValueError: on an empty conversation, roles out of order, or a prompt over `max_inp_length`.
+            ValueError: on an empty conversation, roles out of order, or a prompt over `max_inp_length`, or behind which
+                the model has no position left for an answer.
         """
         inputs = self.chat_inputs(image, msgs, tokenizer, system_prompt, max_inp_length, max_slice_nums)
+        room = self.room_behind(inputs["input_ids"].shape[1])
+        if max_new_tokens is not None and max_new_tokens > room:
+            logger.warning("the answer can have %d tokens in place of max_new_tokens=%d", room, max_new_tokens)
+            max_new_tokens = room
         settings = self.chat_settings(tokenizer, sampling, max_new_tokens=max_new_tokens, **kwargs)
         if stream:
             return self.stream_answer(inputs, tokenizer, **settings)
@@ -430,9 +438,10 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             generation_prompt=True,
         )
         if len(sample["input_ids"]) > max_inp_length:
+            raising = "raise it, " if max_inp_length < self.config.max_position_embeddings else ""
             raise ValueError(
                 f"the prompt has {len(sample['input_ids'])} tokens, more than max_inp_length={max_inp_length}; "
-                "raise it, shorten the conversation or lower max_slice_nums"
+                f"{raising}shorten the conversation or lower max_slice_nums"
             )
         return {
             "input_ids": sample["input_ids"][None].to(self.get_input_embeddings().weight.device),
@@ -448,6 +457,20 @@ class MiniCPMV(PreTrainedModel, GenerationMixin):
             stops.append(tokenizer.eot_id)
         ends = {"eos_token_id": stops, "pad_token_id": tokenizer.eos_token_id}
         return {**(SAMPLING if sampling else BEAM_SEARCH), **ends, **kwargs}
+
+    def room_behind(self, prompt_tokens: int) -> int:
+        """How many tokens an answer to a prompt may have: the model's positions, less the prompt's.
+
+        Raises:
+            ValueError: when that is none.
+        """
+        whole = self.config.max_position_embeddings
+        if prompt_tokens >= whole:
+            raise ValueError(
+                f"the prompt has {prompt_tokens} tokens, and the model takes {whole}, prompt and answer together; "
+                "shorten the conversation or lower max_slice_nums"
+            )
+        return whole - prompt_tokens
 
     def stream_answer(
         self, inputs: Mapping, tokenizer, *, stopping_criteria: Sequence = (), **settings
