@@ -13,6 +13,7 @@ import socket
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from finetune.data_files import Samples
 from finetune.dataset import SupervisedDataset
 from finetune.errors import UserError, is_main_of_node, nodes, over_processes, rank, shown
+from finetune.loaders import Lifeline
 from finetune.pictures import forget_sizes, picture_paths
 from finetune.sample_check import REMARKS
 
@@ -224,7 +226,10 @@ def scan(count: int, look: Callable[[range], object], title: str, workers: int |
 
 def _results(look, ranges: list[range], numbers: range, workers: int) -> Iterator[tuple[int, object]]:
     workers = min(workers, len(numbers))
-    return iter(DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=workers, collate_fn=_as_it_is))
+    loader = DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
+    with closing(Lifeline()) as lifeline:
+        lifeline.give_to(loader)
+        yield from loader
 
 
 def _as_it_is(result: tuple[int, object]) -> tuple[int, object]:

@@ -51,8 +51,9 @@ from finetune.data_files import Samples, load_samples
 from finetune.dataset import SampleError, SupervisedDataset
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes, processes, rank
 from finetune.evaluation_page import write_evaluation
-from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers
+from finetune.generation import Answer, Question, compare, deal, find_questions, generate_answers, load_of
 from finetune.guards import LOADER_ERRORS, death_of_loader, die_with_launcher, lacking_memory
+from finetune.loaders import fitting_workers
 from finetune.loading import ADAPTER_CONFIG_NAME, load_tokenizer, named_base
 from finetune.machines import end_together, say_threads
 from finetune.metrics import METRICS, Scores, difference_interval, mean_scores
@@ -264,11 +265,12 @@ def _answer(
 ) -> dict[tuple[int, int], dict]:
     """This process's share of the answers, which are in a file as soon as they are made."""
     batches = deal(asked, arguments.batch_size, rank(), processes())
+    workers = loader_processes() if arguments.num_workers is None else arguments.num_workers
+    workers = fitting_workers([load_of(task.dataset, asked, arguments.batch_size)], workers, "--num_workers")
     model = load_model(task, arguments)
     title = f"answering ({Path(task.found.path).name})"
     transformers.set_seed(arguments.seed + rank())
     records = {}
-    workers = loader_processes() if arguments.num_workers is None else arguments.num_workers
     said = generate_answers(model, task.dataset, asked, batches, workers, **generation_settings(arguments))
     bar = tqdm(total=sum(map(len, batches)), desc=title, unit=" answers", disable=not is_main())
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file, bar:

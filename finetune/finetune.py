@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -52,6 +53,7 @@ from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.guards import die_with_launcher, explained, resume_command
+from finetune.loaders import Load, fitting_workers, sample_bytes
 from finetune.loading import (
     SETTINGS_NAME,
     checkpoint_folder,
@@ -113,6 +115,7 @@ def train(argv: list[str] | None = None) -> None:
         _stop_on(problems, "This checkpoint is not one of such a run:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
+    _keep_to_shared_memory(args, config, datasets)
     if checkpoint is not None:
         _compare_steps(checkpoint, args, len(train_dataset))
     if checkpoint is not None and args.should_save:
@@ -479,6 +482,22 @@ def _load_data(
             "These settings cannot work:",
         )
     return datasets, left_out
+
+
+def _keep_to_shared_memory(
+    args: TrainingArguments, config: MiniCPMVConfig, datasets: Mapping[str, SupervisedDataset]
+) -> None:
+    """Lowers `--dataloader_num_workers` to what shared memory has room for."""
+    pixels = config.slicing["scale_resolution"], config.slicing["patch_size"]
+    sizes = {name: sample_bytes(of.loads[:, 1], args.model_max_length, *pixels) for name, of in datasets.items()}
+    # a step's batches are kept until it is computed, and accelerate asks for one ahead
+    loads = [Load(sizes["train"], args.train_batch_size, args.gradient_accumulation_steps + 1)]
+    if "eval" in sizes:  # training's own batches wait meanwhile
+        loads.append(Load(sizes["eval"], args.eval_batch_size, kept=2))
+    asked, prefetched = args.dataloader_num_workers, args.dataloader_prefetch_factor
+    args.dataloader_num_workers = fitting_workers(loads, asked, "--dataloader_num_workers", prefetched)
+    if not args.dataloader_num_workers:  # which needs no other settings of loader processes, nor takes them
+        args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
 
 
 def _stop_on(problems: list, title: str) -> None:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
@@ -24,8 +25,9 @@ from tqdm import tqdm
 from finetune.checks import Problem, Remarks, decode_pictures, scan
 from finetune.dataset import SupervisedDataset
 from finetune.errors import UserError, is_main_of_node, over_processes, processes, rank
-from finetune.guards import let_workers_live
+from finetune.loaders import Lifeline, Load, sample_bytes
 from finetune.metrics import Scores, mean_scores, score
+from finetune.minicpmv.image_slicing import slicing_of
 from finetune.minicpmv.streaming import answer_text, stop_ids
 
 logger = logging.getLogger("finetune")
@@ -178,10 +180,10 @@ def generate_answers(
         collate_fn=partial(prompt_collator, padding_value=tokenizer.eos_token_id),
         num_workers=min(workers, len(batches)),
         pin_memory=device.type == "cuda",
-        worker_init_fn=let_workers_live,
         generator=torch.Generator(),  # the loader's own draw is not to change what training draws
     )
-    with _evaluating(model):
+    with closing(Lifeline()) as lifeline, _evaluating(model):
+        lifeline.give_to(loader)
         for places, data in zip(batches, loader, strict=True):
             data = {
                 name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
@@ -191,6 +193,14 @@ def generate_answers(
             cut = ~torch.isin(said, torch.tensor(stops)).any(dim=1)
             texts = [answer_text(row, tokenizer, stops) for row in said]
             yield dict(zip(places, map(Answer, texts, cut.tolist()), strict=True))
+
+
+def load_of(dataset: SupervisedDataset, questions: Sequence[Question], batch_size: int) -> Load:
+    """What the loader of `generate_answers` brings."""
+    tokens = np.array([question.tokens for question in questions])
+    slicing = slicing_of(dataset.slice_config, dataset.patch_size)
+    pixels = slicing["scale_resolution"], slicing["patch_size"]
+    return Load(sample_bytes(tokens // dataset.query_nums, tokens, *pixels), batch_size, kept=1)
 
 
 class _Prompts(Dataset):

@@ -14,7 +14,7 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from heapq import heappop, heapreplace
 from html import escape
@@ -29,7 +29,7 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, RandomSampler, Sampler, SequentialSampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -42,7 +42,8 @@ from finetune.checkpoints import copy_processor, written_aside
 from finetune.dataset import Repeated, SupervisedDataset, data_collator
 from finetune.errors import over_processes
 from finetune.generation import Answered, Predictor, metrics_of
-from finetune.guards import EvaluationLeft, Guard, explained, let_workers_live
+from finetune.guards import EvaluationLeft, Guard, explained
+from finetune.loaders import Lifeline
 from finetune.loading import EXTRA_WEIGHTS_NAME, checkpoint_folder, load_extra_tensors, read_extra_tensors
 from finetune.machines import name_deepspeeds_step, whole_state_dict, write_on_each_node
 from finetune.metrics import METRICS
@@ -122,6 +123,7 @@ class CPMTrainer(Trainer):
             config.use_cache = use_cache  # Trainer turns it off for good, though training says use_cache=False itself
         self.tokenizer = processing_class
         self.settings = settings
+        self._lifeline: Lifeline | None = None  # of the loaders' processes
         self._aside: Path | None = None  # where a checkpoint is being written
         self._best_loaded = False  # at the end of the run
         self._saved_step: int | None = None  # of the newest checkpoint
@@ -164,21 +166,38 @@ class CPMTrainer(Trainer):
             with watched, no_code_from_files(self.is_deepspeed_enabled):
                 return super().train(*args, **kwargs)
         finally:
+            self._end_loaders()
             self.guard.restore_handlers()
 
     def get_train_dataloader(self):
-        """As in Trainer; loader processes leave signals to the training process. accelerate tells the sampler of every
-        epoch, and of the one that a resumed run begins in, where the loader was given it."""
+        """As in Trainer; loader processes leave signals to the training process, and end with it. accelerate tells the
+        sampler of every epoch, and of the one that a resumed run begins in, where the loader was given it."""
         loader = super().get_train_dataloader()
         if isinstance(loader.batch_sampler, BatchSamplerShard):
             loader.set_sampler(loader.batch_sampler.batch_sampler.sampler)
-        return _with_living_workers(loader)
+        self._hold(loader)
+        return loader
 
     def get_eval_dataloader(self, *args, **kwargs):
         """Likewise; the loader's own draw does not change what training draws."""
-        loader = _with_living_workers(super().get_eval_dataloader(*args, **kwargs))
-        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        loader = super().get_eval_dataloader(*args, **kwargs)
+        self._hold(loader).generator = torch.Generator()
         return loader
+
+    def _hold(self, loader) -> DataLoader:
+        """Tie the loader's processes to the run; torch's loader, where accelerate's is around it."""
+        loader = getattr(loader, "base_dataloader", loader)
+        self._lifeline = self._lifeline or Lifeline()
+        self._lifeline.give_to(loader)
+        return loader
+
+    def _end_loaders(self) -> None:
+        """End all loader processes, and forget the evaluations' loaders that Trainer keeps in a private attribute with
+        `--dataloader_persistent_workers`: they would wait for theirs."""
+        if self._lifeline is not None:
+            self._lifeline.close()
+            self._lifeline = None
+        vars(self).pop("_eval_dataloaders", None)
 
     def get_batch_samples(self, *args, **kwargs):
         batches, items = super().get_batch_samples(*args, **kwargs)
@@ -635,19 +654,6 @@ def answers_table(answered: Sequence[Answered]) -> str:
         for one in answered
     ]
     return "\n".join(["| question | answer | reference | ANLS |", "|---|---|---|---|", *rows])
-
-
-def _with_living_workers(loader):
-    inner = getattr(loader, "base_dataloader", loader)  # accelerate's around torch's
-    before = inner.worker_init_fn
-    if not isinstance(before, partial) or before.func is not _in_turn:  # Trainer may keep an evaluation's loader
-        inner.worker_init_fn = partial(_in_turn, [f for f in (before, let_workers_live) if f is not None])
-    return loader
-
-
-def _in_turn(functions: Sequence[Callable], worker: int) -> None:
-    for function in functions:
-        function(worker)
 
 
 class AroundSampler(Sampler):
