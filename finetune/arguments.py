@@ -47,6 +47,7 @@ from finetune.model_folder import (
     quantization_problem,
 )
 from finetune.places import at_home, contains, output_problems
+from finetune.result_folder import described
 from finetune.zero import GATHER, saves_no_model, without_communication
 
 logger = logging.getLogger("finetune")
@@ -714,15 +715,9 @@ def check_arguments(
     problems += _liger_problems(training)
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
-    starts_anew = resume in (None, "", *FALSE) and not training.overwrite_output_dir
-    here = training.output_dir if training.output_dir and not access_problem(training.output_dir) else None
-    if starts_anew and here and (last := newest_complete(here)):
-        problems.append(
-            f"--output_dir {training.output_dir} holds {Path(last).name} of an earlier run: go on with "
-            "--resume_from_checkpoint true, start anew with --overwrite_output_dir true, or name another folder"
-        )
-    if training.output_dir:
-        problems += _output_dir_problems(model, data, training, lora)
+    conflicts = _output_dir_problems(model, data, training, lora) if training.output_dir else []
+    earlier = _earlier_run_problem(training, results=not conflicts)
+    problems += [*([earlier] if earlier else []), *conflicts]
     for flag, path in (("model_name_or_path", model.model_name_or_path), ("lora_weight_path", lora.lora_weight_path)):
         if training.overwrite_output_dir and training.output_dir and _is_in_checkpoint(path, training.output_dir):
             problems.append(
@@ -735,6 +730,30 @@ def check_arguments(
             "or say true for the newest in --output_dir"
         )
     return problems
+
+
+def _earlier_run_problem(training: TrainingArguments, results: bool) -> str | None:
+    """Why this run cannot use an `--output_dir` in which an earlier one, that it does not go on from, has left
+    something.
+
+    Args:
+        results: also look for results; else for checkpoints alone.
+    """
+    output, resume = training.output_dir, training.resume_from_checkpoint
+    if not output or access_problem(output) or training.overwrite_output_dir:
+        return None
+    last = newest_complete(output)
+    if last and resume in (None, "", *FALSE):
+        return (
+            f"--output_dir {output} holds {Path(last).name} of an earlier run: go on with --resume_from_checkpoint "
+            "true, start anew with --overwrite_output_dir true, or name another folder"
+        )
+    goes_on = last if resume in TRUE else resume and resume not in FALSE and contains(output, resume)
+    found = described(Path(output)) if results and not goes_on else None
+    return found and (
+        f"--output_dir {output} holds {found} of an earlier run, and a folder holds one result: name another folder, "
+        "or start with --overwrite_output_dir true, which moves the old one aside"
+    )
 
 
 def _output_dir_problems(

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.result_folder import files_of_result, replaced_weights
 
 logger = logging.getLogger("finetune")
 
@@ -69,6 +70,7 @@ def written_aside(folder: Path, writes: bool, into: bool = False) -> Iterator[Pa
         if writes:
             if into:
                 (aside / MANIFEST).unlink()  # of a checkpoint, not of a folder that holds more
+                _move_aside(replaced_weights(folder, aside), folder)
                 _move_files(aside, folder)
             else:
                 if folder.exists():
@@ -248,14 +250,16 @@ def _warn_of(folder: str, why: str) -> None:
         logger.warning("%s is incomplete (%s) and is passed over", folder, why)
 
 
-def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1) -> None:
+def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1, result: bool = False) -> None:
     """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new, those
     too that a kill kept from their place; what was not even written whole is removed.
 
     Args:
         after: only those of later steps than this.
+        result: also what that run, or another one, left as its result.
     """
     found = [Path(folder) for step, folder in checkpoint_steps(output_dir).items() if step > after]
+    found += files_of_result(Path(output_dir)) if result else []
     _move_aside(found, Path(output_dir))
     left = [folder for folder in Path(output_dir, ASIDE).glob("*") if folder.is_dir()]
     whole = [folder for folder in left if (folder / MANIFEST).is_file() and fault(folder) is None]
@@ -266,9 +270,9 @@ def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1) -> Non
 
 def set_newer_aside(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
     """`set_checkpoints_aside` for a run that goes on from a checkpoint which is not the newest of `output_dir`: of
-    those that are newer, or of all, where it is not one of that folder."""
+    those that are newer, or of all, and the result with them, where it is not one of that folder."""
     steps = [step for step, folder in checkpoint_steps(output_dir).items() if Path(folder).samefile(checkpoint)]
-    set_checkpoints_aside(output_dir, after=steps[0] if steps else -1)
+    set_checkpoints_aside(output_dir, after=steps[0] if steps else -1, result=not steps)
 
 
 def optimizer_kind(checkpoint: str | os.PathLike) -> str | None:
@@ -281,8 +285,8 @@ def optimizer_kind(checkpoint: str | os.PathLike) -> str | None:
     return "plain" if Path(checkpoint, "optimizer.pt").is_file() else None
 
 
-def _move_aside(folders: list[Path], output_dir: Path) -> None:
-    if not folders:
+def _move_aside(paths: list[Path], output_dir: Path) -> None:
+    if not paths:
         return
     aside = output_dir / f"_earlier-{time.strftime('%Y%m%d-%H%M%S')}"
     number = 0
@@ -291,9 +295,12 @@ def _move_aside(folders: list[Path], output_dir: Path) -> None:
         number += 1
         aside = aside.with_name(f"{name}_{number}")
     aside.mkdir()
-    for folder in folders:
-        folder.rename(aside / folder.name)
-    logger.warning("moved %d checkpoints of an earlier run to %s", len(folders), aside)
+    for path in paths:
+        path.rename(aside / path.name)
+    checkpoints = sum(path.is_dir() for path in aside.iterdir())
+    what = [f"{checkpoints} checkpoints"] if checkpoints else []
+    what += ["the result"] if len(paths) > checkpoints else []
+    logger.warning("moved %s of an earlier run to %s", " and ".join(what), aside)
 
 
 def _move_files(source: Path, target: Path) -> None:

@@ -121,7 +121,7 @@ def train(argv: list[str] | None = None) -> None:
     if checkpoint is not None and args.should_save:
         set_newer_aside(checkpoint, args.output_dir)
     elif args.overwrite_output_dir and args.should_save:
-        set_checkpoints_aside(args.output_dir)
+        set_checkpoints_aside(args.output_dir, result=True)
     transformers.set_seed(args.seed)
     try:
         with explained(None, args, config):

@@ -24,11 +24,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from finetune.checkpoints import checkpoint_steps, newest_complete
 from finetune.minicpmv import MiniCPMV, MiniCPMVConfig
+from finetune.result_folder import ADAPTER_CONFIG_NAME, ADAPTER_FILES, EXTRA_WEIGHTS_NAME, two_results_problem
 from finetune.safe_files import code_in
 
-ADAPTER_CONFIG_NAME = "adapter_config.json"
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
-EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
 CONFIG_NAME = "config.json"
 HEAD = "llm.lm_head.weight"
 POINTER = b"version https://git-lfs.github.com/spec/"
@@ -105,6 +103,8 @@ def checkpoint_problems(folder: str | os.PathLike, weights: bool = True, partial
         return [f"{folder}: {why}"]
     if not os.path.lexists(folder / CONFIG_NAME):
         return [f"{folder}: {in_place_of_a_model(folder)}"]
+    if why := two_results_problem(folder):
+        return [f"{folder}: {why}"]
     problems = _problems_of(folder, MODEL_JSON, as_json=True)
     if not file_problem(folder / CONFIG_NAME, as_json=True):
         why = quantization_problem(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")))
@@ -122,6 +122,8 @@ def adapter_problems(folder: str | os.PathLike) -> list[str]:
     """What is wrong with the files of an adapter's folder, each by itself, one line each; what is missing, too."""
     folder = Path(folder)
     if why := access_problem(folder):
+        return [f"{folder}: {why}"]
+    if why := two_results_problem(folder):
         return [f"{folder}: {why}"]
     problems = _problems_of(folder, (ADAPTER_CONFIG_NAME,), as_json=True)
     problems += _problems_of(folder, (*ADAPTER_FILES, EXTRA_WEIGHTS_NAME))

@@ -1,0 +1,74 @@
+"""What a run leaves in a folder, by its file names: one result, an adapter or a whole model, and what belongs to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+EXTRA_WEIGHTS_NAME = "vpm_resampler_embedtokens.pt"
+ADAPTER = "an adapter"
+WHOLE = "a whole model"
+# The files that make it one, by kind.
+WEIGHTS = {
+    ADAPTER: (ADAPTER_CONFIG_NAME, *ADAPTER_FILES, EXTRA_WEIGHTS_NAME),
+    WHOLE: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*"),
+}
+CODE = Path(__file__).with_name("minicpmv")  # copied beside a whole model
+# What else a run writes there. TensorBoard's runs/ stay: its files have names of their own, and it compares runs.
+BESIDE = (
+    *("config.json", "generation_config.json", "preprocessor_config.json", "training_settings.json"),
+    *("trainer_state.json", "training_args.bin", "bad_samples.jsonl", "loss.png", "*_results.json"),
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("processing_*.py", "image_processing_*.py", *(file.name for file in CODE.glob("*.py"))),
+)
+
+
+def weights_in(folder: Path) -> dict[str, list[Path]]:
+    """The files by which a folder is a result, by its kind; empty where it is none."""
+    found = {kind: _matching(folder, patterns) for kind, patterns in WEIGHTS.items()}
+    return {kind: files for kind, files in found.items() if files}
+
+
+def files_of_result(folder: Path) -> list[Path]:
+    """All files of a result and of the run that wrote it, less checkpoints and the model card, which may be edited."""
+    return [file for files in weights_in(folder).values() for file in files] + _matching(folder, BESIDE)
+
+
+def replaced_weights(folder: Path, new: Path) -> list[Path]:
+    """Weights in a folder that would be left beside those of a new result, which lies in `new`: of the other kind, or
+    parts of a model that was divided otherwise. None where `new` is no result."""
+    if not weights_in(new):
+        return []
+    return [file for files in weights_in(folder).values() for file in files if not (new / file.name).exists()]
+
+
+def described(folder: Path) -> str | None:
+    """The result in a folder in words: `an adapter (adapter_model.safetensors, of 2024-05-31 12:00)`; None: none."""
+    found = weights_in(folder)
+    return " and ".join(f"{kind} ({_newest(files)})" for kind, files in found.items()) or None
+
+
+def two_results_problem(folder: Path) -> str | None:
+    """Why a folder cannot be loaded as one model, in words that follow its name: it holds an adapter and a whole model,
+    of which nobody can say which is meant. A file of further weights makes no adapter."""
+    found = weights_in(folder)
+    adapter = [file for file in found.get(ADAPTER, ()) if file.name != EXTRA_WEIGHTS_NAME]
+    if not adapter or WHOLE not in found:
+        return None
+    newer = max((ADAPTER, WHOLE), key=lambda kind: max(file.stat().st_mtime for file in found[kind]))
+    return (
+        f"holds two results, {ADAPTER} ({_newest(adapter)}) and {WHOLE} ({_newest(found[WHOLE])}); {newer} is newer. "
+        "Move the files of the other one into a folder of its own"
+    )
+
+
+def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
+    return sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+
+
+def _newest(files: Sequence[Path]) -> str:
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    return f"{newest.name}, of {time.strftime('%Y-%m-%d %H:%M', time.localtime(newest.stat().st_mtime))}"
