@@ -73,6 +73,7 @@ from finetune.model_folder import adapter_fit, described_weights, empty_adapter,
 from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.resume import flags_of, recorded_flags, say_changes, schedule_problems
+from finetune.run_lock import only_run_in
 from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
 from finetune.zero import GROUP_ELEMENTS
@@ -103,7 +104,19 @@ def train(argv: list[str] | None = None) -> None:
             problems += [f"--model_name_or_path {line}" for line in str(error).splitlines()]
     _stop_on(list(dict.fromkeys(problems)), "These settings cannot work:")
     save_where_all_can_read(args)
+    with only_run_in(args.output_dir, takes=args.should_save):
+        _train(model_args, data_args, args, lora_args, config, tokenizer)
 
+
+def _train(
+    model_args: ModelArguments,
+    data_args: DataArguments,
+    args: TrainingArguments,
+    lora_args: LoraArguments,
+    config: MiniCPMVConfig,
+    tokenizer,
+) -> None:
+    """The run, with arguments that have been checked, in an output folder that is its own."""
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
     if lora_args.lora_weight_path:

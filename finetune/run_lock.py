@@ -1,0 +1,204 @@
+"""One run at a time in an output folder: a file there names the run that works in it.
+
+A run of the same machine is over when its process is. Of another machine, or another container, the time of the file is
+the sign of life: the run renews it, and who finds it looks for that. A lock on the file, where the disk knows such,
+keeps two apart that begin at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from finetune.errors import UserError, over_processes
+
+try:
+    import fcntl
+except ImportError:  # Windows: process numbers and signs of life have to do
+    fcntl = None
+
+logger = logging.getLogger("finetune")
+
+LOCK = "_running.json"  # which uploads to the hub leave out, as all names with "_" in front
+SIGN_OF_LIFE = 15.0  # seconds
+PATIENCE = 45.0  # seconds after which a run of another machine that gave none is over
+MOST_BYTES = 4096
+
+_held: set[str] = set()  # files that this process holds, to which its own locks would give way
+
+
+@contextmanager
+def only_run_in(output_dir: str | os.PathLike, takes: bool) -> Iterator[None]:
+    """Keeps other runs out of a folder; what a run that was killed has left is taken over. All processes must call it.
+
+    Args:
+        takes: whether this process is the one that does it (one on each disk).
+
+    Raises:
+        UserError: in all of them, naming the other run.
+    """
+    lock, problem = None, None
+    if takes:
+        try:
+            lock = _Lock(Path(output_dir, LOCK))
+        except OSError as error:
+            problem = f"--output_dir {output_dir}: cannot be written: {error.strerror or error}"
+        except UserError as error:
+            problem = f"--output_dir {output_dir}: {error}"
+    try:
+        if problems := list(dict.fromkeys(filter(None, over_processes(problem)))):
+            raise UserError("\n".join(problems))
+        yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+class _Lock:
+    """Holds the file.
+
+    Raises:
+        UserError: in words that follow the folder's name, when another run does.
+        OSError: when it cannot be written.
+    """
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.key = os.path.realpath(path)
+        self.file = _opened(path)
+        try:
+            self._take()
+        except BaseException:
+            os.close(self.file)
+            raise
+        _held.add(self.key)
+        self._over = threading.Event()
+        threading.Thread(target=self._give_signs, daemon=True).start()
+
+    def _take(self) -> None:
+        free = _locked(self.file)
+        found = _record(self.file)
+        if found and (not free or self.key in _held or self._is_alive(found)):
+            raise UserError(
+                f"another run works there: {_described(found)}. Wait for its end or stop it, or name another folder"
+            )
+        if not free:
+            raise UserError("another run begins there just now; name another folder")
+        if found:
+            logger.warning("%s: taken over from a run that was killed: %s", self.path, _described(found))
+        os.ftruncate(self.file, 0)
+        os.pwrite(self.file, json.dumps({**_own(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode(), 0)
+
+    def _is_alive(self, found: dict) -> bool:
+        own = _own()
+        if any(found.get(name) != own[name] for name in ("host", "boot", "namespace")):
+            return self._gives_signs(found)
+        if found.get("started") is None:  # a system that does not tell it
+            return _exists(found.get("process"))
+        return _started(found.get("process")) == found["started"]
+
+    def _gives_signs(self, found: dict) -> bool:
+        logger.warning("%s: looking for %.0f s whether that run goes on: %s", self.path, PATIENCE, _described(found))
+        before, end = self.path.stat().st_mtime_ns, time.monotonic() + PATIENCE
+        while time.monotonic() < end:
+            time.sleep(min(1.0, PATIENCE / 10))
+            if self.path.stat().st_mtime_ns != before:
+                return True
+        return False
+
+    def _give_signs(self) -> None:
+        while not self._over.wait(SIGN_OF_LIFE):
+            with suppress(OSError):
+                os.utime(self.path)
+
+    def release(self) -> None:
+        """Give the folder free."""
+        self._over.set()
+        _held.discard(self.key)
+        with suppress(OSError):
+            if os.path.samestat(self.path.stat(), os.fstat(self.file)):
+                self.path.unlink()
+        os.close(self.file)
+
+
+def _opened(path: Path) -> int:
+    """The file, open, that has this name once it is locked: the run that held it may have removed it meanwhile."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _locked(file)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file)):
+                return file
+        os.close(file)
+
+
+def _locked(file: int) -> bool:
+    """Lock an open file for this process; False where another one holds it. A lock of this kind ends with its process,
+    and is not handed on to the processes that it starts."""
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:  # a disk that knows no locks
+        pass
+    return True
+
+
+def _record(file: int) -> dict:
+    try:
+        found = json.loads(os.pread(file, MOST_BYTES, 0))
+    except ValueError:  # empty: new, or of a run that was killed while it wrote it
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _described(found: dict) -> str:
+    return f"process {found.get('process')} on {found.get('host')}, since {found.get('since')}"
+
+
+def _own() -> dict:
+    """What tells this process from all others, on all machines."""
+    return {
+        "host": socket.gethostname(),
+        "boot": _read("/proc/sys/kernel/random/boot_id"),
+        "namespace": _link("/proc/self/ns/pid"),  # in which process numbers count
+        "process": os.getpid(),
+        "started": _started(os.getpid()),
+    }
+
+
+def _started(process: object) -> str | None:
+    """When a process began, in ticks since the machine did; None: it has ended, or the system does not tell."""
+    state, *fields = (_read(f"/proc/{process}/stat") or ") Z").rpartition(")")[2].split()
+    return None if state == "Z" else fields[18]  # a zombie has ended
+
+
+def _exists(process: object) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (OSError, TypeError, ValueError):
+        return False
+    return True
+
+
+def _read(path: str) -> str | None:
+    with suppress(OSError):
+        return Path(path).read_text(encoding="utf-8").strip()
+    return None
+
+
+def _link(path: str) -> str | None:
+    with suppress(OSError):
+        return str(Path(path).readlink())
+    return None

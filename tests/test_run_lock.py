@@ -1,0 +1,163 @@
+"""One run at a time in an output folder."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, outcome
+
+from finetune import run_lock
+from finetune.errors import UserError
+from finetune.finetune import train
+from finetune.run_lock import LOCK, only_run_in
+
+FLAGS = (
+    *("--batch_size", 2, "--max_steps", 1, "--max_slice_nums", 1, "--report_to", "none", "--disable_tqdm", "true"),
+    *("--dataloader_num_workers", 0, "--save_strategy", "no", "--use_lora", "true", "--lora_r", 4),
+)
+HOLD = """
+import sys, time
+sys.path.insert(0, {root!r})
+from finetune.run_lock import only_run_in
+with only_run_in({folder!r}, takes=True):
+    print("holds", flush=True)
+    time.sleep({seconds})
+"""
+
+
+def holder(folder: Path, seconds: float = 600) -> subprocess.Popen:
+    """Another process that holds a folder."""
+    program = HOLD.format(root=str(ROOT), folder=str(folder), seconds=seconds)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "holds\n"
+    return process
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / LOCK).read_text())
+
+
+def test_a_second_run_is_refused_before_anything_is_touched(tiny, data_file, tmp_path, capsys):
+    folder = tmp_path / "out"
+    other = holder(folder)
+    try:
+        needed = ("--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", folder)
+        status, lines = outcome(train, (*needed, *FLAGS, "--overwrite_output_dir", "true"), capsys)
+        assert status == 1
+        (line,) = [line for line in lines if "another run works there" in line]
+        assert line.startswith(f"--output_dir {folder}: ") and f"process {other.pid} on {os.uname().nodename}" in line
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+        other.kill()
+        other.wait()
+        train([str(word) for word in (*needed, *FLAGS)])  # at once
+        assert not (folder / LOCK).exists() and (folder / "adapter_model.safetensors").exists()
+    finally:
+        other.kill()
+
+
+def test_a_killed_run_is_taken_over_though_its_parent_has_not_noticed(tmp_path, caplog):
+    """A zombie still has its number."""
+    other = holder(tmp_path)
+    other.kill()
+    while Path(f"/proc/{other.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z":
+        time.sleep(0.01)
+    with only_run_in(tmp_path, takes=True):
+        assert record(tmp_path)["process"] == os.getpid()
+    assert f"process {other.pid} on" in caplog.text and "taken over" in caplog.text
+    other.wait()
+
+
+def test_a_number_that_another_process_has_now_is_no_run(tmp_path):
+    with only_run_in(tmp_path, takes=True):
+        found = record(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps({**found, "process": 1}))
+    with only_run_in(tmp_path, takes=True):
+        pass
+
+
+@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"boot": "another"}, {"namespace": "pid:[1]"}])
+@pytest.mark.parametrize("alive", [True, False])
+def test_runs_of_other_machines_and_containers_give_signs_of_life(other, alive, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.5)
+    with only_run_in(tmp_path, takes=True):
+        found = record(tmp_path)
+    (tmp_path / LOCK).write_text(json.dumps({**found, **other}))
+    stop = multiprocessing.Event()
+
+    def live() -> None:
+        while not stop.wait(0.02):
+            os.utime(tmp_path / LOCK)
+
+    process = multiprocessing.get_context("fork").Process(target=live, daemon=True)
+    if alive:
+        process.start()
+        with (
+            pytest.raises(UserError, match=f"on {other.get('host', found['host'])}"),
+            only_run_in(tmp_path, takes=True),
+        ):
+            pass
+        stop.set()
+        process.join()
+        assert record(tmp_path) == {**found, **other}
+    else:
+        with only_run_in(tmp_path, takes=True):
+            assert record(tmp_path)["host"] == found["host"]
+    assert "looking for" in caplog.text
+
+
+def test_the_file_lives_as_long_as_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "SIGN_OF_LIFE", 0.02)
+    with pytest.raises(ValueError, match="mine"), only_run_in(tmp_path, takes=True):
+        before = (tmp_path / LOCK).stat().st_mtime_ns
+        while (tmp_path / LOCK).stat().st_mtime_ns == before:
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another run works there"), only_run_in(tmp_path, takes=True):
+            pass  # of the same process
+        assert record(tmp_path)["process"] == os.getpid()
+        raise ValueError("mine")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_writes_nothing_takes_nothing(tmp_path):
+    with only_run_in(tmp_path / "out", takes=False):
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"process": "x"}'])
+def test_files_that_say_nothing_are_taken_over(content, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "PATIENCE", 0.1)
+    (tmp_path / LOCK).write_text(content)
+    with only_run_in(tmp_path, takes=True):
+        assert record(tmp_path)["process"] == os.getpid()
+
+
+def test_of_many_that_begin_at_once_one_wins(tmp_path):
+    """Each holds the folder for longer than the others try."""
+    context = multiprocessing.get_context("fork")
+    begin, results = context.Barrier(8), context.SimpleQueue()
+    (tmp_path / LOCK).write_text("")  # of one that was killed
+
+    def attempt() -> None:
+        begin.wait()
+        try:
+            with only_run_in(tmp_path, takes=True):
+                results.put("won")
+                begin.wait()
+        except UserError:
+            results.put("refused")
+            begin.wait()
+
+    processes = [context.Process(target=attempt) for _ in range(8)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert sorted(results.get() for _ in range(8)) == ["refused"] * 7 + ["won"]
+    assert not (tmp_path / LOCK).exists()
