@@ -16,7 +16,7 @@ import shutil
 import stat
 import time
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
-from finetune.result_folder import files_of_result, replaced_weights
+from finetune.result_folder import files_of_result, lacking_in_result, replaced_weights
 
 logger = logging.getLogger("finetune")
 
@@ -37,7 +37,9 @@ TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in the RuntimeErro
 
 
 @contextmanager
-def written_aside(folder: Path, writes: bool, into: bool = False) -> Iterator[Path]:
+def written_aside(
+    folder: Path, writes: bool, into: bool = False, lacks: Callable[[Path], list[str]] | None = None
+) -> Iterator[Path]:
     """Yields a folder to write in; afterwards its files are checked, brought to the disk and put in the place of
     `folder`, which is thus whole or not there, wherever the run is killed. All processes must call it.
 
@@ -45,9 +47,11 @@ def written_aside(folder: Path, writes: bool, into: bool = False) -> Iterator[Pa
         folder: what is to be written; a folder of this name, of an earlier run, is moved aside.
         writes: whether this process makes and moves the folder (one on each disk).
         into: `folder` stays, with what else it holds: the files go into it one by one, over those of the same names.
+        lacks: names of what is not there and has to be.
 
     Raises:
-        UserError: when writing fails; what was written is removed, older checkpoints stay as they are.
+        UserError: when writing fails, or not all was written; what was written is removed, older checkpoints stay as
+            they are.
     """
     parent = folder if into else folder.parent
     aside = parent / ASIDE / folder.name
@@ -58,6 +62,15 @@ def written_aside(folder: Path, writes: bool, into: bool = False) -> Iterator[Pa
         over_processes(None)
         yield aside
         over_processes(None)
+        missing = lacks(aside) if writes and lacks is not None else []
+        if everyones := sorted({name for of_process in over_processes(missing) for name in of_process}):
+            if writes:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise UserError(
+                f"{folder} could not be saved: {', '.join(everyones)} were not written to {aside}, where Trainer was "
+                "told to write; what was saved before stays as it was. Take a version of transformers that "
+                "requirements.txt allows, and a Trainer that writes where _get_output_dir says"
+            )
         problem = None
         if writes:
             try:
@@ -156,6 +169,22 @@ def check_file(path: Path) -> None:
             json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is not whole: {error}") from error
+
+
+def lacking(folder: Path, resumable: bool = True) -> list[str]:
+    """Names of what a checkpoint needs and has not.
+
+    Args:
+        resumable: with what only resuming needs (else as with `--save_only_model`).
+    """
+    names = [*lacking_in_result(folder), *([] if (folder / STATE).is_file() else [STATE])]
+    if resumable:
+        kind = optimizer_kind(folder)
+        names += [] if kind else ["the optimizer's state"]
+        # DeepSpeed has its own schedulers in its states
+        names += ["scheduler.pt"] if kind == "plain" and not (folder / "scheduler.pt").is_file() else []
+        names += [] if any(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
+    return names
 
 
 def fault(folder: Path) -> str | None:

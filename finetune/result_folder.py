@@ -32,6 +32,18 @@ def weights_in(folder: Path) -> dict[str, list[Path]]:
     return {kind: files for kind, files in found.items() if files}
 
 
+def lacking_in_result(folder: Path) -> list[str]:
+    """Names of the files without which a folder cannot be loaded."""
+    found = weights_in(folder)
+    if WHOLE in found:
+        return []
+    if ADAPTER not in found:
+        return ["its weights"]
+    names = {file.name for file in found[ADAPTER]}
+    needed = {name: {name} for name in (ADAPTER_CONFIG_NAME, EXTRA_WEIGHTS_NAME)} | {ADAPTER_FILES[0]: {*ADAPTER_FILES}}
+    return [name for name, any_of in needed.items() if not any_of & names]
+
+
 def files_of_result(folder: Path) -> list[Path]:
     """All files of a result and of the run that wrote it, less checkpoints and the model card, which may be edited."""
     return [file for files in weights_in(folder).values() for file in files] + _matching(folder, BESIDE)

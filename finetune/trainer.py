@@ -38,7 +38,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from finetune.checkpoints import copy_processor, written_aside
+from finetune.checkpoints import copy_processor, lacking, written_aside
 from finetune.dataset import Repeated, SupervisedDataset, data_collator
 from finetune.errors import over_processes
 from finetune.generation import Answered, Predictor, metrics_of
@@ -52,6 +52,7 @@ from finetune.minicpmv.conversation import IGNORE_INDEX
 from finetune.model_card import CARD, is_edited, write_card
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
+from finetune.result_folder import lacking_in_result
 from finetune.resume import apply_settings, forget_best_of_another_metric, settings_of_groups
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
@@ -390,9 +391,10 @@ class CPMTrainer(Trainer):
         if output_dir is None and _internal_call and self._result_step == self.state.global_step:
             return  # push_to_hub, of what lies there already
         if output_dir is None or not _internal_call:
-            with written_aside(Path(output_dir or self.args.output_dir), self.args.should_save, into=True) as aside:
+            folder = Path(output_dir or self.args.output_dir)
+            with written_aside(folder, self.args.should_save, into=True, lacks=lacking_in_result) as aside:
                 self.save_model(str(aside), _internal_call=True)
-                if self.args.should_save and is_edited(Path(output_dir or self.args.output_dir, CARD)):
+                if self.args.should_save and is_edited(folder / CARD):
                     (aside / CARD).unlink()
             if output_dir is None:
                 self._result_step = self.state.global_step
@@ -459,7 +461,8 @@ class CPMTrainer(Trainer):
             return
         run_dir = Path(super()._get_output_dir(trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        with written_aside(folder, self.args.should_save) as aside:
+        needed = partial(lacking, resumable=not self.args.save_only_model)
+        with written_aside(folder, self.args.should_save, lacks=needed) as aside:
             self._aside = aside.parent
             try:
                 super()._save_checkpoint(model, trial)

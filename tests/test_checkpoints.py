@@ -14,15 +14,17 @@ import pytest
 import torch
 import transformers
 from conftest import GOLDEN, ROOT, golden_batch, same_tensors
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModel, TrainerCallback
 
-from finetune.arguments import TrainingArguments
+from finetune.arguments import TrainingArguments, load_config
 from finetune.checkpoints import (
     ASIDE,
     MANIFEST,
     check_file,
     fault,
+    lacking,
     newest_complete,
     newest_everywhere,
     optimizer_kind,
@@ -31,10 +33,10 @@ from finetune.checkpoints import (
     write_manifest,
     written_aside,
 )
-from finetune.dataset import data_collator
+from finetune.dataset import SupervisedDataset, data_collator, load_samples
 from finetune.errors import UserError
 from finetune.finetune import _compare_steps, _resume_problems
-from finetune.loading import SETTINGS_NAME
+from finetune.loading import SETTINGS_NAME, load_tokenizer
 from finetune.trainer import CPMTrainer
 
 
@@ -90,6 +92,65 @@ def test_a_checkpoint_with_a_fault_is_passed_over(saved, tmp_path, caplog, name,
             assert "checkpoint-7 is incomplete" in caplog.text and "checkpoint-5" not in caplog.text
         (saved / name).write_bytes(content)
     assert newest_complete(tmp_path) == str(saved)
+
+
+def lora_trainer(kind: type, tiny: dict, data_file: Path, folder: Path, **arguments) -> CPMTrainer:
+    """A trainer of this class that saves after each of its steps."""
+    model = get_peft_model(AutoModel.from_pretrained(tiny["llama3"]), LoraConfig(r=2, target_modules=".*q_proj"))
+    tokenizer = load_tokenizer(tiny["llama3"])
+    config = load_config(str(tiny["llama3"]))
+    dataset = SupervisedDataset.for_checkpoint(config, tokenizer, load_samples(data_file), 2048)
+    settings = {"report_to": "none", "use_cpu": True, "save_steps": 1, "disable_tqdm": True, **arguments}
+    return kind(model=model, args=TrainingArguments(str(folder), **settings), train_dataset=dataset)
+
+
+def writing_elsewhere(elsewhere: Path, *methods: str) -> type:
+    """A Trainer some of whose files go to another place than it is told."""
+
+    def moved(name: str):
+        def write(self, _=None, *args, **kwargs):
+            elsewhere.mkdir(exist_ok=True)
+            return getattr(CPMTrainer, name)(self, str(elsewhere), *args, **kwargs)
+
+        return write
+
+    return type("Elsewhere", (CPMTrainer,), {name: moved(name) for name in methods})
+
+
+@pytest.mark.parametrize(
+    ("methods", "missing"),
+    [
+        (("_save",), "its weights"),
+        (("_save_optimizer_and_scheduler",), "the optimizer's state"),
+        (("_save_rng_state",), "rng_state.pth"),
+        (("_get_output_dir",), "its weights"),
+    ],
+)
+def test_only_what_can_be_resumed_is_put_in_place(methods, missing, tiny, data_file, tmp_path):
+    """A good checkpoint of the same step stays, and no run goes on with less than it says."""
+    folder = tmp_path / "out"
+    lora_trainer(CPMTrainer, tiny, data_file, folder, max_steps=1).train()
+    before = {file.name: file.read_bytes() for file in (folder / "checkpoint-1").iterdir()}
+    if methods == ("_get_output_dir",):
+        kind = type("Elsewhere", (CPMTrainer,), {"_get_output_dir": lambda *_, **__: str(tmp_path / "elsewhere")})
+    else:
+        kind = writing_elsewhere(tmp_path / "elsewhere", *methods)
+    with pytest.raises(UserError, match=f"could not be saved: .*{missing}"):
+        lora_trainer(kind, tiny, data_file, folder, max_steps=1).train()
+    assert {file.name: file.read_bytes() for file in (folder / "checkpoint-1").iterdir()} == before
+    assert [path.name for path in folder.glob("_*")] in ([], [ASIDE])
+
+
+def test_a_checkpoint_without_optimizer_is_one_where_it_was_asked_for(tiny, data_file, tmp_path):
+    lora_trainer(CPMTrainer, tiny, data_file, tmp_path, max_steps=1, save_only_model=True).train()
+    assert fault(tmp_path / "checkpoint-1") is None and lacking(tmp_path / "checkpoint-1", resumable=False) == []
+    assert lacking(tmp_path / "checkpoint-1") == ["the optimizer's state", "rng_state.pth"]
+
+
+def test_a_result_that_is_written_elsewhere_is_said(tiny, data_file, tmp_path):
+    trainer = lora_trainer(writing_elsewhere(tmp_path / "elsewhere", "_save"), tiny, data_file, tmp_path / "out")
+    with pytest.raises(UserError, match="out could not be saved: its weights"):
+        trainer.save_model()
 
 
 def test_what_a_cut_off_save_left_is_not_used_and_is_replaced(tmp_path, caplog):
