@@ -17,7 +17,8 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainerState, TrainingArguments
 
-from finetune.errors import is_main_of_node
+from finetune.checkpoints import checkpoint_steps, fault
+from finetune.errors import is_main_of_node, over_processes
 from finetune.loading import SETTINGS_NAME, read_record
 
 logger = logging.getLogger("finetune")
@@ -103,21 +104,43 @@ def say_changes(before: Mapping, now: Mapping) -> None:
         logger.warning("the run goes on with other flags than it had: %s", ", ".join(changed))
 
 
-def forget_best_of_another_metric(state: TrainerState, metric: str | None) -> None:
-    """Drop the best evaluation so far where another metric chose it: its value cannot be compared.
+def find_best(state: TrainerState, args: TrainingArguments, checkpoint: str | os.PathLike) -> None:
+    """Finds the best checkpoint of the run so far where it now is: beside the one that is gone on from, by its step. In
+    the state stands a path, which is another's where the folder was moved or copied, and is not told from the folder's
+    other checkpoints, of which some are removed, where it is spelled otherwise.
+
+    Where it is not there, not whole, or was chosen by another metric, the best of those that are takes its place, which
+    a warning says. All processes must call it.
 
     Args:
-        state: with the history of the run so far.
-        metric: name of the metric that chooses now, with or without eval_.
+        state: of the checkpoint; what it says of the best is set.
+        args: whose metric chooses from now on.
     """
-    if state.best_metric is None or metric is None:
+    metric = args.metric_for_best_model and f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+    if metric is None:
         return
-    name = f"eval_{metric.removeprefix('eval_')}"
-    values = [entry[name] for entry in state.log_history if name in entry and entry["step"] == state.best_global_step]
-    if state.best_metric in values:
-        return
-    logger.warning(
-        "the best checkpoint so far, of step %s, was chosen by another metric than %s: the choice begins anew",
-        *(state.best_global_step, name),
-    )
-    state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+    parent = Path(checkpoint).parent
+    parent = Path(args.output_dir) if _same_folder(parent, args.output_dir) else parent
+    folders = {step: Path(folder) for step, folder in checkpoint_steps(parent).items()}
+    found = {entry["step"]: entry[metric] for entry in state.log_history if metric in entry}
+    whole = {step for step in found if step in folders and fault(folders[step]) is None}
+    usable = set.intersection(*over_processes(whole))
+    step, value = state.best_global_step, state.best_metric
+    # Without --load_best_model_at_end evaluations may come at steps that have no checkpoint.
+    lost = args.load_best_model_at_end and step not in usable
+    if lost or (step is not None and found.get(step) != value):
+        choose = max if args.greater_is_better else min
+        best = choose(sorted(usable), key=found.__getitem__, default=None)
+        state.best_global_step, state.best_metric = best, found.get(best)
+        if step is not None and is_main_of_node():
+            why = f"is not in {parent}, or not whole" if found.get(step) == value else "was chosen by another metric"
+            now = f"by {metric} it is that of step {best} now" if best else f"the choice by {metric} begins anew"
+            logger.warning("the best checkpoint so far, of step %d, %s: %s", step, why, now)
+    elif state.best_model_checkpoint is None and step in usable and is_main_of_node():
+        logger.warning("the best checkpoint so far is %s", folders[step])
+    best = state.best_global_step
+    state.best_model_checkpoint = str(folders[best]) if best in usable else None
+
+
+def _same_folder(left: str | os.PathLike, right: str | os.PathLike) -> bool:
+    return os.path.realpath(left) == os.path.realpath(right)

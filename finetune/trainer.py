@@ -53,7 +53,7 @@ from finetune.model_card import CARD, is_edited, write_card
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
 from finetune.result_folder import lacking_in_result
-from finetune.resume import apply_settings, forget_best_of_another_metric, settings_of_groups
+from finetune.resume import apply_settings, find_best, settings_of_groups
 from finetune.safe_files import no_code_from_files
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
@@ -221,14 +221,17 @@ class CPMTrainer(Trainer):
             optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         return norm
 
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *args) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, *args
+    ) -> tuple[int, int]:
         """As in Trainer; a run that is resumed logs, evaluates and saves as its flags say now, and with all its steps
         behind it takes no further one. Trainer (5.17 to 5.24) keeps the flags of the checkpoint, takes a step where the
         last one lies within an epoch, and has no public place before its first step."""
-        place = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
+        place = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
         self._steps_per_epoch = steps_per_epoch
         self.state.compute_steps(self.args, max_steps)
-        forget_best_of_another_metric(self.state, self.args.metric_for_best_model)
+        if checkpoint is not None:
+            find_best(self.state, self.args, checkpoint)
         return (epochs, 0) if self.state.global_step >= max_steps else place
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, launch, losses, outcome
+from safetensors.torch import load_file
 
 from finetune.finetune import train
 
@@ -163,8 +164,84 @@ def test_another_metric_chooses_the_best_anew(tiny, data_file, tmp_path, caplog)
     new = ("--metric_for_best_model", "token_f1", "--max_steps", 4, "--resume_from_checkpoint", "true")
     run(folder, tiny, data_file, *flags, *new)
     state = json.loads((folder / "trainer_state.json").read_text())
-    assert "was chosen by another metric than eval_token_f1" in caplog.text
-    assert state["best_global_step"] == 4 and state["best_metric"] == history(folder, "eval_token_f1")[4]
+    scores = history(folder, "eval_token_f1")
+    assert "was chosen by another metric: by eval_token_f1 it is that of step 2 now" in caplog.text
+    assert state["best_metric"] == scores[state["best_global_step"]] == max(scores.values())
+
+
+BEST = (
+    *("--eval_strategy", "steps", "--eval_steps", 1, "--save_steps", 1, "--load_best_model_at_end", "true"),
+    *("--lr_scheduler_type", "constant", "--warmup_ratio", 0, "--learning_rate", 3),
+)
+
+
+@pytest.fixture(scope="module")
+def risen(tiny, data_file, tmp_path_factory):
+    """A run whose loss rises: of three checkpoints the first is the best."""
+    folder = tmp_path_factory.mktemp("risen") / "out"
+    run(folder, tiny, data_file, "--eval_data_path", data_file, *BEST, "--max_steps", 3)
+    found = history(folder, "eval_loss")
+    assert min(found, key=found.get) == 1
+    return folder
+
+
+@pytest.mark.parametrize("how", ["moved", "copied", "named", "spelled"])
+def test_the_best_checkpoint_is_found_where_it_now_is(how, risen, tiny, data_file, tmp_path, monkeypatch):
+    """And is kept, though one checkpoint is to be left."""
+    original, folder = tmp_path / "before" / "out", tmp_path / "after"
+    shutil.copytree(risen, original)
+    for file in original.rglob("trainer_state.json"):
+        file.write_text(file.read_text().replace(str(risen), str(original)))
+        (file.parent / "complete.json").unlink(missing_ok=True)  # which has its size
+    if how == "copied":
+        shutil.copytree(original, folder)
+        weights = original / "checkpoint-1" / "adapter_model.safetensors"
+        weights.write_bytes((original / "checkpoint-3" / weights.name).read_bytes())  # not the copy's business
+    elif how == "spelled":
+        folder = original
+    else:
+        original.rename(folder)
+    monkeypatch.chdir(folder.parent)
+    output = Path(folder.name) if how == "spelled" else folder
+    newest = output / "checkpoint-3" if how == "named" else "true"
+    flags = ("--eval_data_path", data_file, *BEST, "--max_steps", 5, "--save_total_limit", 2)
+    run(output, tiny, data_file, *flags, "--resume_from_checkpoint", newest)
+    best = load_file(risen / "checkpoint-1" / "adapter_model.safetensors")
+    result = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in best.items())
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-5"]
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert Path(state["best_model_checkpoint"]).resolve() == (folder / "checkpoint-1").resolve()
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_best_checkpoint_that_is_gone_is_said_at_the_start(gone, risen, tiny, data_file, tmp_path, caplog):
+    """Or that is not whole; the best of the others takes its place."""
+    folder = tmp_path / "out"
+    shutil.copytree(risen, folder)
+    if gone:
+        shutil.rmtree(folder / "checkpoint-1")
+    else:
+        (folder / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"")
+    flags = ("--eval_data_path", data_file, *BEST, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    run(folder, tiny, data_file, *flags)
+    found = {step: loss for step, loss in history(folder, "eval_loss").items() if step > 1}
+    best = min(found, key=found.get)
+    assert "of step 1, is not in" in caplog.text
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["best_global_step"] == best and state["best_metric"] == found[best]
+
+
+def test_evaluations_before_the_resume_count_where_the_best_is_asked_for_then(risen, tiny, data_file, tmp_path):
+    folder = tmp_path / "out"
+    shutil.copytree(risen, folder)
+    for file in folder.rglob("trainer_state.json"):
+        state = json.loads(file.read_text())
+        file.write_text(json.dumps({**state, **dict.fromkeys([n for n in state if n.startswith("best_")])}))
+        (file.parent / "complete.json").unlink(missing_ok=True)
+    flags = ("--eval_data_path", data_file, *BEST, "--max_steps", 4, "--resume_from_checkpoint", "true")
+    run(folder, tiny, data_file, *flags)
+    assert json.loads((folder / "trainer_state.json").read_text())["best_global_step"] == 1
 
 
 @pytest.mark.slow
