@@ -50,6 +50,7 @@ from finetune.checks import (
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.flags import hub_problem, optimizer_problem, scheduler_problem
 from finetune.guards import die_with_launcher, explained, resume_command
 from finetune.loading import (
     SETTINGS_NAME,
@@ -71,7 +72,7 @@ from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
-from finetune.zero import GROUP_ELEMENTS
+from finetune.zero import GROUP_ELEMENTS, file_problems
 
 logger = logging.getLogger("finetune")
 
@@ -97,6 +98,7 @@ def train(argv: list[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
         except ValueError as error:
             problems += [f"--model_name_or_path {line}" for line in str(error).splitlines()]
+    problems += filter(None, [hub_problem(args)])
     _stop_on(list(dict.fromkeys(problems)), "These settings cannot work:")
     save_where_all_can_read(args)
 
@@ -179,8 +181,6 @@ def train(argv: list[str] | None = None) -> None:
 def _resume_problems(checkpoint: str, args: TrainingArguments) -> list[str]:
     """Why the optimizer's state of a checkpoint cannot be loaded by this run, whose DeepSpeed stage or number of
     processes is another."""
-    if args.fsdp:
-        return []
     stage = (args.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     wanted = {1: "ZeRO-1/2", 2: "ZeRO-1/2", 3: "ZeRO-3"}.get(stage, "ZeRO-0") if args.deepspeed else "plain"
     found, processes = optimizer_kind(checkpoint), resolved_settings(checkpoint).get("processes", args.world_size)
@@ -395,11 +395,8 @@ def _trial_problems(
         return problems
     if look_at_disk:
         problems += checkpoint_room_problem(model, args, base)
-    try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ValueError, ImportError) as error:  # a package that it needs
-        problems.append(f"--optim {args.optim.value}: {error}")
-    return problems
+    problems += file_problems(args, model)
+    return [*problems, *filter(None, [optimizer_problem(args, model), scheduler_problem(args)])]
 
 
 def _weight_problems(

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate.utils import DummyOptim
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import Dataset, RandomSampler, Sampler, SequentialSampler
@@ -131,7 +132,7 @@ class CPMTrainer(Trainer):
         self._full_logits_wanted = False
         self._evaluated: list[torch.Tensor] | None = None  # (2,) of each batch: its loss summed, its supervised tokens
         self._fill_from: int | None = None  # places from which on an evaluation's samples fill up
-        self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
+        self.add_callback(Checkpointing(partitioned=self._zero_stage == 3))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
         self.predictor: Predictor | None = None
@@ -212,7 +213,8 @@ class CPMTrainer(Trainer):
             give_own_rate(
                 optimizer, [p for name, p in self.model.named_parameters() if VISION_TOWER.search(name)], rate
             )
-        if self._zero_stage in (1, 2) and self.group_elements:
+        by_file = isinstance(optimizer, DummyOptim)  # DeepSpeed makes it, of the "optimizer" block of its file
+        if self._zero_stage in (1, 2) and self.group_elements and not by_file:
             split_param_groups(optimizer, self.group_elements)
         return optimizer
 
