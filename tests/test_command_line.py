@@ -108,7 +108,7 @@ def test_which_layers_get_lora(given, flags, expected):
 def trial_problems(model_args, training, lora) -> list[str]:
     """What a trial of the settings on a model without values finds."""
     config = load_config(model_args.model_name_or_path)
-    return _trial_problems(model_args, training, lora, config, look_at_disk=False)
+    return _trial_problems(model_args, training, lora, config, look_at_disk=False)[0]
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
