@@ -50,6 +50,7 @@ from finetune.checks import (
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.extensions import build_problems, say_builds
 from finetune.flags import hub_problem, optimizer_problem, scheduler_problem
 from finetune.guards import die_with_launcher, explained, resume_command
 from finetune.loading import (
@@ -100,8 +101,9 @@ def train(argv: list[str] | None = None) -> None:
             tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
         except ValueError as error:
             problems += [f"--model_name_or_path {line}" for line in str(error).splitlines()]
-    problems += filter(None, [hub_problem(args)])
+    problems += [*build_problems(args), *filter(None, [hub_problem(args)])]
     _stop_on(list(dict.fromkeys(problems)), "These settings cannot work:")
+    say_builds(args)
     save_where_all_can_read(args)
 
     if args.max_slice_nums is not None:
