@@ -26,7 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.checks import loader_processes
 from finetune.errors import ProcessError, UserError, is_main_of_node
-from finetune.flags import combination_problems, environment_problems, wrong_values
+from finetune.flags import DIVIDED, combination_problems, environment_problems, wrong_values
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     SETTINGS_NAME,
@@ -308,7 +308,7 @@ class LoraArguments:
 
     lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale: the update counts lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA matrices, 0 to 1."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA matrices, 0 to below 1."})
     lora_target_modules: str = field(
         default=LORA_TARGETS,
         metadata={
@@ -408,7 +408,7 @@ def parse_arguments(
         given = _without(_without(given, f"--{flag}"), f"--no_{flag}")
     *parsed, _ = _made(parser, given, problems)
     parsed[2].found_in_parsing = problems
-    parsed[2].flags_given = names
+    parsed[2].flags_given = sorted({flag for flag, _ in given})
     return tuple(parsed)
 
 
@@ -474,6 +474,10 @@ def _deepspeed_problem(path: str) -> str | None:
             f'--deepspeed {path}: has a "scheduler" block, which would replace --lr_scheduler_type and '
             "--warmup_ratio without a word; remove the block"
         )
+    for block, size in (("tensor_parallel", "autotp_size"), ("sequence_parallel_size", None)):
+        value = config.get(block)
+        if (value.get(size, 0) if isinstance(value, dict) else value) not in (None, 0, 1):
+            return f'--deepspeed {path}: "{block}" is not supported: {DIVIDED}; remove it'
     return None
 
 
@@ -724,7 +728,7 @@ def check_arguments(
     if training.n_gpu > 1:
         problems.append("several GPUs but one process: start with torchrun, as finetune_ds.sh and finetune_lora.sh do")
     problems += _liger_problems(training)
-    problems += combination_problems(training)
+    problems += combination_problems(training, training.flags_given)
     problems += environment_problems(training)
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint

@@ -298,8 +298,12 @@ def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def combination_problems(args: transformers.TrainingArguments) -> list[str]:
-    """What is wrong with several flags of transformers together, when all are resolved."""
+def combination_problems(args: transformers.TrainingArguments, given: Collection[str]) -> list[str]:
+    """What is wrong with several flags of transformers together, when all are resolved.
+
+    Args:
+        given: names of flags on the command line, with their dashes.
+    """
     problems = []
     best, evaluates = args.metric_for_best_model, args.eval_strategy != IntervalStrategy.NO
     by_best = args.save_strategy == SaveStrategy.BEST
@@ -314,6 +318,11 @@ def combination_problems(args: transformers.TrainingArguments) -> list[str]:
         problems.append(
             "--save_only_model true with --load_best_model_at_end true: DeepSpeed loads the best model from a whole "
             "checkpoint; leave one of them out"
+        )
+    if "--optim" in given and "optimizer" in (args.deepspeed or {}):
+        problems.append(
+            f'--optim {args.optim.value}: the "optimizer" block of the DeepSpeed file would replace it; leave one of '
+            "them out"
         )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         problems.append("--dataloader_persistent_workers true needs --dataloader_num_workers 1 or more")

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, losses, outcome
+from conftest import PATIENCE, ROOT, launch, losses, outcome
 
 from finetune import finetune
 from finetune.arguments import LoraArguments, TrainingArguments
@@ -158,13 +158,28 @@ def test_numbers_of_steps_that_are_not_used_may_be_anything(run):
         ({"train_micro_batch_size_per_gpu": 4}, "differ: ds train_micro_batch_size_per_gpu=4 vs hf per_device_train"),
         ({"zero_optimization": {"stage": 7}}, "DeepSpeed refuses the file"),
         ({"zero_optimization": {"stage": 2, "some": 1}}, "DeepSpeed refuses the file"),
+        ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel" is not supported'),
+        ({"sequence_parallel_size": 2}, '"sequence_parallel_size" is not supported'),
+        ({"optimizer": {"type": "AdamW"}}, 'the "optimizer" block of the DeepSpeed file would replace it'),
     ],
 )
 def test_a_deepspeed_file_that_does_not_fit(refusals, tmp_path, content, said):
     file = tmp_path / "ds.json"
     file.write_text(json.dumps({**json.loads(SHIPPED.read_text()), **content}))
-    lines = refusals(f"--deepspeed {file}")
+    lines = refusals(f"--deepspeed {file} --optim adamw_torch")
     assert len(lines) == 1 and said in lines[0], lines
+
+
+@pytest.mark.slow
+def test_the_optimizer_of_a_deepspeed_file(tiny, data_file, tmp_path):
+    """With ZeRO-2, whose parameter groups are otherwise made here."""
+    file = tmp_path / "ds.json"
+    block = {"type": "AdamW", "params": {"torch_adam": True, "lr": "auto", "betas": "auto", "eps": "auto"}}
+    file.write_text(json.dumps({**json.loads(SHIPPED.read_text()), "optimizer": block}))
+    variables = {"MODEL": tiny["llama3"], "DATA": data_file, "OUTPUT_DIR": tmp_path / "out", "GPUS_PER_NODE": 1}
+    flags = ("--max_steps", "2", "--logging_steps", "1", "--report_to", "none")
+    launch("finetune_lora.sh", *flags, timeout=PATIENCE, DS_CONFIG=file, **variables)
+    assert len(losses(tmp_path / "out")) == 2
 
 
 @pytest.mark.parametrize(
