@@ -16,12 +16,12 @@ import torch
 import transformers
 from peft import PeftModel
 
-from finetune.errors import shown
 from finetune.flags import MADE_OF_MODEL
 from finetune.loading import ADAPTER_CONFIG_NAME, SETTINGS_NAME, other_base_problems, read_record
 from finetune.model_folder import adapter_fit, described_weights, weight_problems
 from finetune.safe_files import no_code_from_files
 
+DETAIL = 200  # most characters of what is other in the tensors
 ANEW = "or train anew from what it holds (--lora_weight_path, --model_name_or_path)"
 # Flags that say which tensors there are, which of them are trained, and what the optimizer keeps of each.
 MODEL_FLAGS = ("model_name_or_path",)
@@ -134,10 +134,10 @@ def _weights_problem(saved: Checkpoint, model: torch.nn.Module) -> str | None:
     if not found:
         return None
     kind = "its adapter is another than" if saved.is_adapter else "its weights are others than"
-    first = found[0].replace(f"{saved.folder}{os.sep}", "").removeprefix(": ")
+    first = found[0].replace(f"{saved.folder}{os.sep}", "").removeprefix(": ").replace("base_model.model.", "")
     for theirs in ("the tensors of its settings", "tensors of its config.json"):
         first = first.replace(theirs, "this run's tensors")
-    return f"{kind} this run's ({shown(first, quotes=False)})"
+    return f"{kind} this run's ({first if len(first) <= DETAIL else f'{first[:DETAIL]} ...'})"
 
 
 def _base_problems(saved: Checkpoint, flags: Mapping[str, object]) -> list[str]:
