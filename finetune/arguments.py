@@ -26,7 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.checks import loader_processes
 from finetune.errors import ProcessError, UserError, is_main_of_node
-from finetune.flags import DIVIDED, combination_problems, environment_problems, wrong_values
+from finetune.flags import DIVIDED, combination_problems, environment_problems, refusal, wrong_values
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     SETTINGS_NAME,
@@ -398,7 +398,7 @@ def parse_arguments(
         try:
             _, unknown = parser.parse_known_args([*filter(None, [flag]), *values])
         except UserError as error:
-            problems.append(f"{flag} {' '.join(values)}: {error}")
+            problems.append(f"{flag} {' '.join(values)}: {refusal(flag[2:]) or error}")
             given = _without(given, flag)
         else:
             problems += [f"{word}: there is no such flag" for word in unknown if word.startswith("--")]

@@ -121,6 +121,7 @@ REFUSED = {
     "liger_kernel_config": Refused((None,), "which of its kernels fit these models is decided here; leave it out"),
     "do_predict": Refused((False,), "evaluate.py writes answers: --model OUTPUT_DIR --data_path DATA --output FOLDER"),
 }
+NOT_FOR_THE_TRAINER = ("fsdp", "enable_jit_checkpoint", "torch_compile")  # whatever program it is used in
 FLAGS = frozenset(WORK.split()) | WITHOUT_EFFECT.keys() | PASSED_ON.keys() | REFUSED.keys()
 
 
@@ -224,6 +225,11 @@ def wrong_values(values: Namespace, given: Collection[str]) -> Iterator[WrongVal
         yield WrongValue("optim_args", f"--optim_args {values.optim_args}: expected NAME=VALUE, several with commas")
 
 
+def refusal(name: str) -> str | None:
+    """Why a flag is not taken, whatever its value."""
+    return REFUSED[name].why if name in REFUSED and REFUSED[name].taken == (None,) else None
+
+
 def _counts(name: str, values: Namespace) -> bool:
     """Whether a number of steps is used: --save_steps -1 may stand beside --save_strategy no."""
     if RANGES[name] is not STEPS or math.isnan(getattr(values, name)):
@@ -310,6 +316,8 @@ def combination_problems(args: transformers.TrainingArguments, given: Collection
     if (args.load_best_model_at_end or by_best) and not evaluates:
         flag = "--save_strategy best" if by_best else "--load_best_model_at_end true"
         problems.append(f"{flag} needs --eval_data_path, and --eval_strategy steps or epoch")
+    if args.eval_on_start and not evaluates:
+        problems.append("--eval_on_start true needs --eval_data_path, and --eval_strategy steps or epoch")
     name = (best or "loss").removeprefix("eval_")
     if best and name in ("loss", *METRICS) and args.greater_is_better != (name != "loss"):
         better = "least" if name == "loss" else "greatest"

@@ -40,7 +40,8 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 
 from finetune.checkpoints import copy_processor, written_aside
 from finetune.dataset import Repeated, SupervisedDataset
-from finetune.errors import over_processes
+from finetune.errors import UserError, over_processes
+from finetune.flags import NOT_FOR_THE_TRAINER, REFUSED
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import EvaluationLeft, Guard, explained, let_workers_live
 from finetune.loading import EXTRA_WEIGHTS_NAME, checkpoint_folder, load_extra_tensors, read_extra_tensors
@@ -109,6 +110,9 @@ class CPMTrainer(Trainer):
         config = getattr(kwargs.get("model", args[0] if args else None), "config", None)
         use_cache = getattr(config, "use_cache", None)
         super().__init__(*args, **kwargs)
+        for name in NOT_FOR_THE_TRAINER:
+            if getattr(self.args, name, None):
+                raise UserError(f"{name}: {REFUSED[name].why}")
         if use_cache is not None:
             config.use_cache = use_cache  # Trainer turns it off for good, though training says use_cache=False itself
         self.tokenizer = processing_class

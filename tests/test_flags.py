@@ -20,6 +20,7 @@ from finetune import finetune
 from finetune.arguments import LoraArguments, TrainingArguments
 from finetune.flags import FLAGS, PASSED_ON, RANGES, REFUSED, WITHOUT_EFFECT, WORK, wrong_values
 from finetune.minicpmv import MiniCPMV
+from finetune.trainer import CPMTrainer
 
 SHIPPED = ROOT / "finetune" / "ds_config_zero2.json"
 EVALUATES = "--eval_data_path {data} --eval_strategy steps --eval_steps 1"
@@ -92,6 +93,9 @@ def test_all_wrong_flags_are_reported_together(refusals):
     [
         ("--fsdp full_shard", "FSDP is not supported: parameters are divided over GPUs by DeepSpeed's ZeRO-3"),
         ("--fsdp_config '{{\"a\": 1}}'", "--fsdp_config"),
+        ("--parallelism_config some", "--parallelism_config some: is not supported"),
+        ("--liger_kernel_config some", "--liger_kernel_config some: which of its kernels"),
+        ("--eval_on_start true", "--eval_on_start true needs --eval_data_path"),
         ("--enable_jit_checkpoint true", "SIGTERM and Ctrl-C save a checkpoint here without it"),
         ("--torch_compile true", "are not made for torch.compile"),
         ("--torch_compile_mode default", "are not made for torch.compile"),
@@ -145,6 +149,13 @@ def test_all_wrong_flags_are_reported_together(refusals):
 def test_what_is_refused(refusals, flags, said):
     lines = refusals(flags)
     assert len(lines) == 1 and said in lines[0], lines
+
+
+def test_the_trainer_alone_refuses_too(tiny, tmp_path):
+    """As in a notebook, with transformers' own arguments."""
+    args = transformers.TrainingArguments(tmp_path, enable_jit_checkpoint=True, report_to="none", use_cpu=True)
+    with pytest.raises(ValueError, match="enable_jit_checkpoint: SIGTERM and Ctrl-C save a checkpoint"):
+        CPMTrainer(model=MiniCPMV.from_pretrained(tiny["llama3"]), args=args)
 
 
 def test_numbers_of_steps_that_are_not_used_may_be_anything(run):
