@@ -254,11 +254,13 @@ def _shown(value: object) -> str:
 
 def _evaluation_problem(values: Namespace) -> str | None:
     strategy = values.evaluation_strategy or values.eval_strategy
-    if not values.do_eval:
-        return None if strategy == "no" else f"--do_eval false with --eval_strategy {strategy}: leave one of them out"
-    if values.eval_data_path and strategy != "no":
-        return None
-    return "--do_eval true needs --eval_data_path, and --eval_strategy steps or epoch, or nothing would be evaluated"
+    if values.do_eval and strategy == "no":
+        return (
+            "--do_eval true needs --eval_data_path, and --eval_strategy steps or epoch, or nothing would be evaluated"
+        )
+    if not values.do_eval and strategy != "no":
+        return f"--do_eval false with --eval_strategy {strategy}: leave one of them out"
+    return None  # data that a strategy lacks are missed with or without the flag
 
 
 def _object_problem(name: str, value: str) -> str | None:

@@ -107,6 +107,7 @@ def test_all_wrong_flags_are_reported_together(refusals):
         ("--do_predict true", "evaluate.py writes answers"),
         ("--do_train false --do_eval true", "python finetune/evaluate.py --model"),
         ("--do_eval true", "--do_eval true needs --eval_data_path, and --eval_strategy"),
+        ("--do_eval true --eval_strategy epoch", "--eval_strategy epoch needs --eval_data_path"),
         ("--do_eval true --eval_data_path {data}", "--do_eval true needs --eval_data_path, and --eval_strategy"),
         (f"--do_eval false {EVALUATES}", "--do_eval false with --eval_strategy steps: leave one of them out"),
         ("--save_strategy best", "--save_strategy best needs --eval_data_path"),
