@@ -265,13 +265,13 @@ def _evaluation_problem(values: Namespace) -> str | None:
 
 def _object_problem(name: str, value: str) -> str | None:
     """What is wrong with the JSON of a flag, or of the file that it names."""
-    if not value.startswith("{"):
-        if name != "accelerator_config":
-            return 'expected JSON like {"name": 1}'
-        if not Path(value).is_file():
-            return 'expected JSON like {"non_blocking": true}, or a file of it; there is no such file'
-        value = Path(value).read_text(encoding="utf-8")
     try:
+        if not value.startswith("{"):
+            if name != "accelerator_config":
+                return 'expected JSON like {"name": 1}'
+            if not Path(value).is_file():
+                return 'expected JSON like {"non_blocking": true}, or a file of it; there is no such file'
+            value = Path(value).read_text(encoding="utf-8")
         content = json.loads(value)
         if not isinstance(content, dict):
             return "expected a JSON object"
@@ -279,7 +279,7 @@ def _object_problem(name: str, value: str) -> str | None:
             return _accelerator_problem(content)
         if name.endswith("checkpointing_kwargs"):
             _try_checkpointing(content)
-    except (ValueError, TypeError) as error:  # of json too
+    except (OSError, ValueError, TypeError) as error:  # of json too
         return f"cannot be taken: {_one_line(error)}"
     return None
 

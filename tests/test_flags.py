@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shlex
 from argparse import Namespace
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import PATIENCE, ROOT, launch, losses, outcome
+from conftest import PATIENCE, ROOT, TESTS, launch, losses, outcome
 
 from finetune import finetune
 from finetune.arguments import LoraArguments, TrainingArguments
@@ -57,6 +58,14 @@ def test_every_flag_of_transformers_is_in_the_table():
     both = {"label_names", "train_sampling_strategy"}  # work, but for some values
     assert {name for name in classes if classes.count(name) > 1} == both
     assert {field.name for field in fields(transformers.TrainingArguments) if field.init} - FLAGS == set()
+
+
+def test_every_flag_that_works_is_in_a_test():
+    """Or in a launcher, which tests run."""
+    files = [*TESTS.glob("*.py"), *(ROOT / "finetune").glob("*.sh")]
+    text = "".join(file.read_text() for file in files)
+    spelled = {"activation_checkpointing_kwargs"}  # put together in test_command_line.py
+    assert {name for name in WORK.split() if not re.search(rf"\b{name}\b", text)} - spelled == set()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -1.0])
@@ -141,6 +150,7 @@ def test_all_wrong_flags_are_reported_together(refusals):
         ("--gradient_checkpointing_kwargs some", "expected JSON like"),
         ("--accelerator_config '{{\"split_batches\": true}}'", "deals out the samples itself"),
         ("--accelerator_config '{{\"some\": true}}'", "cannot be taken: "),
+        ("--accelerator_config {data}", "expected a JSON object"),
         ("--dataloader_persistent_workers true", "needs --dataloader_num_workers 1 or more"),
         ("--push_to_hub true", "--push_to_hub true: HF_HUB_OFFLINE is set"),
         ("--max_steps 0", "1 or more, or -1 for the steps of --num_train_epochs"),
