@@ -26,6 +26,7 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.checks import loader_processes
 from finetune.errors import ProcessError, UserError, is_main_of_node
+from finetune.flags import DIVIDED, combination_problems, environment_problems, refusal, wrong_values
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     SETTINGS_NAME,
@@ -255,6 +256,8 @@ class TrainingArguments(transformers.TrainingArguments):
         self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
         if self.label_names is None:
             self.label_names = ["labels"]
+        if self.save_strategy == "best" and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"  # as transformers itself has it for --load_best_model_at_end
         super().__post_init__()
 
     def _deepspeed_config(self) -> dict:
@@ -306,7 +309,7 @@ class LoraArguments:
 
     lora_r: int = field(default=64, metadata={"help": "Rank of the LoRA matrices."})
     lora_alpha: int = field(default=64, metadata={"help": "Scale: the update counts lora_alpha / lora_r."})
-    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA matrices, 0 to 1."})
+    lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before the LoRA matrices, 0 to below 1."})
     lora_target_modules: str = field(
         default=LORA_TARGETS,
         metadata={
@@ -369,17 +372,18 @@ class LoraArguments:
 def parse_arguments(
     argv: list[str] | None = None,
 ) -> tuple[ModelArguments, DataArguments, TrainingArguments, LoraArguments]:
-    """Arguments from the command line. A flag with an empty value counts as not given. Unknown flags, and what is wrong
-    with the DeepSpeed file, which transformers reads while the arguments are being made, are kept for
-    `check_arguments` in `found_in_parsing`; the names of the flags in `flags_given`.
+    """Arguments from the command line. A flag with an empty value counts as not given. What is wrong with single flags
+    (unknown ones, values of another kind or out of range, the DeepSpeed file, what transformers refuses while it makes
+    its arguments) is kept for `check_arguments` in `found_in_parsing`; the names of the flags in `flags_given`.
 
     Raises:
-        SystemExit: with the usage, on values of the wrong type.
-        UserError: on what transformers refuses while it makes its arguments.
+        SystemExit: after --help.
+        UserError: on what transformers refuses without naming a flag.
     """
     given = _given_flags(sys.argv[1:] if argv is None else argv)
+    names = sorted({flag for flag, _ in given})
     problems = []
-    # A file with a problem is left out of the parse, which would stop at it, so that the other problems are found and
+    # A flag with a problem is left out of the parse, which would stop at it, so that the other problems are found and
     # reported together with this one.
     files = [values for flag, values in given if flag == "--deepspeed" and values]
     if files and (problem := _deepspeed_problem(files[-1][0])):
@@ -390,18 +394,48 @@ def parse_arguments(
         problems.append("--output_dir is missing: where shall checkpoints and the result go?")
     if warmup := [flag for flag in flags if flag in WARMUP]:  # two names for one thing: the last one wins
         given = _without(given, WARMUP[1 - WARMUP.index(warmup[-1])])
-    argv = [word for flag, values in given for word in (*filter(None, [flag]), *values)]
-    parser = HfArgumentParser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
-    _, unknown = parser.parse_known_args(argv)
-    problems += [f"{flag}: there is no such flag" for flag in unknown if flag.startswith("--")]
-    problems += [f"{word!r} belongs to no flag" for word in unknown if not word.startswith("--")]
-    try:
-        *parsed, _ = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UserError("\n".join(["These settings cannot work:", *problems, str(error)])) from error
+    parser = _Parser((ModelArguments, DataArguments, TrainingArguments, LoraArguments), allow_abbrev=False)
+    for flag, values in given:
+        try:
+            _, unknown = parser.parse_known_args([*filter(None, [flag]), *values])
+        except UserError as error:
+            problems.append(f"{flag} {' '.join(values)}: {refusal(flag[2:]) or error}")
+            given = _without(given, flag)
+        else:
+            problems += [f"{word}: there is no such flag" for word in unknown if word.startswith("--")]
+            problems += [f"{word!r} belongs to no flag" for word in unknown if not word.startswith("--")]
+    for flag, problem in wrong_values(parser.parse_known_args(_words(given))[0], names):
+        problems.append(problem)
+        given = _without(_without(given, f"--{flag}"), f"--no_{flag}")
+    *parsed, _ = _made(parser, given, problems)
     parsed[2].found_in_parsing = problems
     parsed[2].flags_given = sorted({flag for flag, _ in given})
     return tuple(parsed)
+
+
+class _Parser(HfArgumentParser):
+    """Says what is wrong in an exception, where argparse ends the program with the usage of all flags."""
+
+    def error(self, message: str):
+        raise UserError(message.partition(": ")[2] or message)  # without the name of the flag
+
+
+def _words(given: list[tuple[str, list[str]]]) -> list[str]:
+    return [word for flag, values in given for word in (*filter(None, [flag]), *values)]
+
+
+def _made(parser: _Parser, given: list[tuple[str, list[str]]], problems: list[str]) -> tuple:
+    """The dataclasses. What transformers refuses is added to the problems, and made without the flags that it names."""
+    while True:
+        try:
+            return parser.parse_args_into_dataclasses(_words(given), return_remaining_strings=True)
+        except (ValueError, ImportError, RuntimeError) as error:
+            problems.append(" ".join(str(error).split()))
+            named = [flag for flag, _ in given if flag and re.search(rf"\b{flag[2:]}\b", str(error))]
+            if not named:
+                raise UserError("\n".join(["These settings cannot work:", *problems])) from error
+            for flag in named:
+                given = _without(given, flag)
 
 
 def _given_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
@@ -441,6 +475,10 @@ def _deepspeed_problem(path: str) -> str | None:
             f'--deepspeed {path}: has a "scheduler" block, which would replace --lr_scheduler_type and '
             "--warmup_ratio without a word; remove the block"
         )
+    for block, size in (("tensor_parallel", "autotp_size"), ("sequence_parallel_size", None)):
+        value = config.get(block)
+        if (value.get(size, 0) if isinstance(value, dict) else value) not in (None, 0, 1):
+            return f'--deepspeed {path}: "{block}" is not supported: {DIVIDED}; remove it'
     return None
 
 
@@ -670,10 +708,6 @@ def check_arguments(
                 problems.append(f"--{flag} {path}: there is no such file or folder")
     if data.bad_samples not in ("fail", "skip"):
         problems.append(f"--bad_samples {data.bad_samples}: expected fail or skip")
-    if not 0 <= data.max_bad_fraction <= 1:
-        problems.append(f"--max_bad_fraction {data.max_bad_fraction}: expected a part of all samples, 0 to 1")
-    if training.train_sampling_strategy == "batch_rebalance":
-        problems.append("--train_sampling_strategy batch_rebalance would decode every picture; use group_by_length")
     if data.image_folder and not Path(data.image_folder).is_dir():
         problems.append(f"--image_folder {data.image_folder}: there is no such folder")
     if data.image_folder_only and not data.image_folder:
@@ -686,33 +720,17 @@ def check_arguments(
         problems.append(f"--eval_strategy {training.eval_strategy.value} needs --eval_data_path")
     problems += _prediction_problems(training, data)
     problems += _hardware_problems(model, training)
-    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, flag) < 1:
-            problems.append(f"--{flag} {getattr(training, flag)}: expected 1 or more")
     available = get_available_reporting_integrations()
     if unknown := [name for name in training.report_to if name not in available]:
         problems.append(
             f"--report_to {' '.join(unknown)}: is unknown, or its package is missing; here are {', '.join(available)}, "
             "or none"
         )
-    if training.remove_unused_columns:
-        problems.append("--remove_unused_columns true would empty every batch; leave it false")
-    if training.label_smoothing_factor:
-        problems.append(
-            f"--label_smoothing_factor {training.label_smoothing_factor}: the loss is plain cross entropy over the "
-            "answers; leave it out"
-        )
-    if training.model_max_length < 1:
-        problems.append(f"--model_max_length {training.model_max_length}: expected a number of tokens")
-    if training.max_slice_nums is not None and training.max_slice_nums < 1:
-        problems.append(f"--max_slice_nums {training.max_slice_nums}: expected 1 (overview alone) or more")
-    if training.max_bad_steps < 1:
-        problems.append(f"--max_bad_steps {training.max_bad_steps}: expected 1 or more")
-    if training.warmup_ratio is not None and not 0 <= training.warmup_ratio < 1:
-        problems.append(f"--warmup_ratio {training.warmup_ratio}: expected a part of all steps, 0 to below 1")
     if training.n_gpu > 1:
         problems.append("several GPUs but one process: start with torchrun, as finetune_ds.sh and finetune_lora.sh do")
     problems += _liger_problems(training)
+    problems += combination_problems(training, training.flags_given)
+    problems += environment_problems(training)
     problems += trained_set_problems(training, lora)
     resume = training.resume_from_checkpoint
     conflicts = _output_dir_problems(model, data, training, lora) if training.output_dir else []
@@ -804,8 +822,6 @@ def _prediction_problems(training: TrainingArguments, data: DataArguments) -> li
     if training.predict_with_generate and not evaluates:
         problems.append("--predict_with_generate true needs --eval_data_path, and --eval_strategy steps or epoch")
     for flag in ("predict_samples", "predict_max_new_tokens"):
-        if getattr(training, flag) < 1:
-            problems.append(f"--{flag} {getattr(training, flag)}: expected 1 or more")
         if getattr(training, flag) != getattr(type(training), flag) and not training.predict_with_generate:
             problems.append(f"--{flag} only with --predict_with_generate true")
     best = training.metric_for_best_model
@@ -849,8 +865,6 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
         rate = training.vision_learning_rate
         if not training.tune_vision:
             problems.append(f"--vision_learning_rate {rate} only with --tune_vision true")
-        if not rate >= 0:
-            problems.append(f"--vision_learning_rate {rate}: expected 0 or more")
         if training.deepspeed and "optimizer" in training.deepspeed:
             problems.append(
                 f'--vision_learning_rate {rate}: the "optimizer" block of the DeepSpeed file has one rate for all; '
@@ -867,8 +881,6 @@ def trained_set_problems(training: TrainingArguments, lora: LoraArguments) -> li
         return problems
     if training.tune_llm:
         problems.append("--use_lora true with --tune_llm true: LoRA keeps the language model frozen; choose one")
-    if lora.lora_r < 1:
-        problems.append(f"--lora_r {lora.lora_r}: expected 1 or more")
     if lora.lora_bias not in ("none", "all", "lora_only"):
         problems.append(f"--lora_bias {lora.lora_bias}: expected none, all or lora_only")
     if lora.lora_weight_path:

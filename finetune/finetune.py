@@ -52,6 +52,8 @@ from finetune.checks import (
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.extensions import build_problems, say_builds
+from finetune.flags import hub_problem, optimizer_problem, scheduler_problem
 from finetune.guards import die_with_launcher, explained, resume_command
 from finetune.loaders import Load, fitting_workers, sample_bytes
 from finetune.loading import (
@@ -73,10 +75,11 @@ from finetune.model_folder import adapter_fit, described_weights, empty_adapter,
 from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.resume import flags_of, recorded_flags, say_changes, schedule_problems
+from finetune.resume_check import ANEW, fit_problems
 from finetune.run_lock import only_run_in
 from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
-from finetune.zero import GROUP_ELEMENTS
+from finetune.zero import GROUP_ELEMENTS, file_problems
 
 logger = logging.getLogger("finetune")
 
@@ -91,21 +94,24 @@ def train(argv: list[str] | None = None) -> None:
     _set_up_logging(args)
     config = load_config(model_args.model_name_or_path, args.cache_dir)
     problems = check_arguments(model_args, data_args, args, lora_args, config)
-    tokenizer = None
+    tokenizer = planned = None
     if not isinstance(config, str):
         if not trained_set_problems(args, lora_args):
             # of the room in a place that cannot be used, nothing is said
             unusable = f"--output_dir {args.output_dir}: "
             usable = bool(args.output_dir) and not any(problem.startswith(unusable) for problem in problems)
-            problems += _trial_problems(model_args, args, lora_args, config, look_at_disk=usable)
+            found, planned = _trial_problems(model_args, args, lora_args, config, look_at_disk=usable)
+            problems += found
         try:
             tokenizer = load_tokenizer(model_args.model_name_or_path, args.cache_dir)
         except ValueError as error:
             problems += [f"--model_name_or_path {line}" for line in str(error).splitlines()]
+    problems += [*build_problems(args), *filter(None, [hub_problem(args)])]
     _stop_on(list(dict.fromkeys(problems)), "These settings cannot work:")
+    say_builds(args)
     save_where_all_can_read(args)
     with only_run_in(args.output_dir, takes=args.should_save):
-        _train(model_args, data_args, args, lora_args, config, tokenizer)
+        _train(model_args, data_args, args, lora_args, config, tokenizer, planned)
 
 
 def _train(
@@ -115,8 +121,13 @@ def _train(
     lora_args: LoraArguments,
     config: MiniCPMVConfig,
     tokenizer,
+    planned: torch.nn.Module,
 ) -> None:
-    """The run, with arguments that have been checked, in an output folder that is its own."""
+    """The run, with arguments that have been checked, in an output folder that is its own.
+
+    Args:
+        planned: its model without values, what it trains set to require gradients.
+    """
     if args.max_slice_nums is not None:
         config.set_max_slice_nums(args.max_slice_nums)  # saved with a full checkpoint, and used by its chat()
     if lora_args.lora_weight_path:
@@ -124,8 +135,9 @@ def _train(
     checkpoint = checkpoint_to_resume(args)
     _stop_on(code_in(checkpoint) if checkpoint else [], "This checkpoint is not loaded:")
     if checkpoint:
+        flags = vars(model_args) | vars(args) | vars(lora_args)
         problems = [*_resume_problems(checkpoint, args), *schedule_problems(recorded_flags(checkpoint), args)]
-        _stop_on(problems, "This checkpoint is not one of such a run:")
+        _stop_on(problems or fit_problems(checkpoint, planned, args, flags), "These settings cannot work:")
     datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
     _keep_to_shared_memory(args, config, datasets)
@@ -201,24 +213,21 @@ def _train(
 def _resume_problems(checkpoint: str, args: TrainingArguments) -> list[str]:
     """Why the optimizer's state of a checkpoint cannot be loaded by this run, whose DeepSpeed stage or number of
     processes is another."""
-    if args.fsdp:
-        return []
     stage = (args.deepspeed or {}).get("zero_optimization", {}).get("stage", 0)
     wanted = {1: "ZeRO-1/2", 2: "ZeRO-1/2", 3: "ZeRO-3"}.get(stage, "ZeRO-0") if args.deepspeed else "plain"
     found, processes = optimizer_kind(checkpoint), resolved_settings(checkpoint).get("processes", args.world_size)
-    anew = "or train anew from what it holds (--lora_weight_path, --model_name_or_path)"
     if found is None:
-        return [f"{checkpoint}: holds no state of the optimizer (--save_only_model): take another, {anew}"]
+        return [f"{checkpoint}: holds no state of the optimizer (--save_only_model): take another, {ANEW}"]
     if found != wanted:
         said = {"plain": "without DeepSpeed"}
         return [
             f"{checkpoint}: was saved {said.get(found, f'with {found}')}, and this run goes on "
-            f"{said.get(wanted, f'with {wanted}')}: give the DS_CONFIG (--deepspeed) that it had, {anew}"
+            f"{said.get(wanted, f'with {wanted}')}: give the DS_CONFIG (--deepspeed) that it had, {ANEW}"
         ]
     if processes != args.world_size and found in ("ZeRO-1/2", "ZeRO-3"):
         return [
             f"{checkpoint}: was saved by {processes} processes with {found}, and this run has {args.world_size}: start "
-            f"as many (GPUS_PER_NODE, NNODES), {anew}"
+            f"as many (GPUS_PER_NODE, NNODES), {ANEW}"
         ]
     return []
 
@@ -384,13 +393,13 @@ def _trial_problems(
     lora_args: LoraArguments,
     config: MiniCPMVConfig,
     look_at_disk: bool,
-) -> list[str]:
+) -> tuple[list[str], torch.nn.Module | None]:
     """Tries the settings on a model without values: whether the files hold the tensors that it needs, a LoRA target
-    matches, a checkpoint has room."""
+    matches, a checkpoint has room. And that model, with what the run trains set to require gradients."""
     base, adapter = model_args.model_name_or_path, lora_args.lora_weight_path
     problems, model = _weight_problems(model_args, args, config)
     if model is None:
-        return problems
+        return problems, None
     try:
         if adapter:
             resolved_settings(adapter)
@@ -400,7 +409,7 @@ def _trial_problems(
     try:
         model = prepare_trainable(model, args, lora_args)
     except (ValueError, TypeError, KeyError) as error:
-        return [*problems, f"LoRA cannot be set up: {' '.join(str(error).split())}"]
+        return [*problems, f"LoRA cannot be set up: {' '.join(str(error).split())}"], None
     if adapter:
         why = misfit(adapter, adapter_fit(model, adapter, base)[1])
         problems += [f"--lora_weight_path {why}"] if why else []
@@ -414,14 +423,11 @@ def _trial_problems(
         problems.append(
             "nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"
         )
-        return problems
+        return problems, None
     if look_at_disk:
         problems += checkpoint_room_problem(model, args, base)
-    try:
-        transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
-    except (ValueError, ImportError) as error:  # a package that it needs
-        problems.append(f"--optim {args.optim.value}: {error}")
-    return problems
+    problems += file_problems(args, model)
+    return [*problems, *filter(None, [optimizer_problem(args, model), scheduler_problem(args)])], model
 
 
 def _weight_problems(

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
+from accelerate.utils import DummyOptim
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -40,7 +41,8 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 
 from finetune.checkpoints import copy_processor, lacking, written_aside
 from finetune.dataset import Repeated, SupervisedDataset, data_collator
-from finetune.errors import over_processes
+from finetune.errors import UserError, over_processes
+from finetune.flags import NOT_FOR_THE_TRAINER, REFUSED
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import EvaluationLeft, Guard, explained
 from finetune.loaders import Lifeline
@@ -114,11 +116,9 @@ class CPMTrainer(Trainer):
         if len(args) < 3:  # the third of Trainer's
             kwargs["data_collator"] = kwargs.get("data_collator") or data_collator
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.args.label_smoothing_factor}: the loss is plain cross entropy over the "
-                "answers; leave it out"
-            )
+        for name in NOT_FOR_THE_TRAINER:
+            if getattr(self.args, name, None):
+                raise UserError(f"{name}: {REFUSED[name].why}")
         self.args.remove_unused_columns = False  # transformers' default is true: of a batch nothing would be left
         if use_cache is not None:
             config.use_cache = use_cache  # Trainer turns it off for good, though training says use_cache=False itself
@@ -144,7 +144,7 @@ class CPMTrainer(Trainer):
         self._full_logits_wanted = False
         self._evaluated: list[torch.Tensor] | None = None  # (2,) of each batch: its loss summed, its supervised tokens
         self._fill_from: int | None = None  # places from which on an evaluation's samples fill up
-        self.add_callback(Checkpointing(partitioned=self._zero_stage == 3 or bool(self.args.fsdp)))
+        self.add_callback(Checkpointing(partitioned=self._zero_stage == 3))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())
         self.predictor: Predictor | None = None
@@ -248,8 +248,8 @@ class CPMTrainer(Trainer):
             give_own_rate(
                 optimizer, [p for name, p in self.model.named_parameters() if VISION_TOWER.search(name)], rate
             )
-        # The DeepSpeed file's own optimizer is made later, by DeepSpeed.
-        if self._zero_stage in (1, 2) and self.group_elements and hasattr(optimizer, "param_groups"):
+        by_file = isinstance(optimizer, DummyOptim)  # DeepSpeed makes it, of the "optimizer" block of its file
+        if self._zero_stage in (1, 2) and self.group_elements and not by_file:
             split_param_groups(optimizer, self.group_elements)
         return optimizer
 

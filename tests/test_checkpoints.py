@@ -482,5 +482,5 @@ def check_resuming(folder: Path, files: list[str], stage: int | None, processes:
         (folder / name).touch()
     (folder / SETTINGS_NAME).write_text(json.dumps({"resolved": {"processes": 2}}))
     deepspeed = None if stage is None else {"zero_optimization": {"stage": stage}}
-    problems = _resume_problems(str(folder), SimpleNamespace(deepspeed=deepspeed, world_size=processes, fsdp=[]))
+    problems = _resume_problems(str(folder), SimpleNamespace(deepspeed=deepspeed, world_size=processes))
     assert len(problems) == (message is not None) and all(message in problem for problem in problems)

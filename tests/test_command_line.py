@@ -108,7 +108,7 @@ def test_which_layers_get_lora(given, flags, expected):
 def trial_problems(model_args, training, lora) -> list[str]:
     """What a trial of the settings on a model without values finds."""
     config = load_config(model_args.model_name_or_path)
-    return _trial_problems(model_args, training, lora, config, look_at_disk=False)
+    return _trial_problems(model_args, training, lora, config, look_at_disk=False)[0]
 
 
 @pytest.mark.parametrize("llm_type", LLM_TYPES)
@@ -333,12 +333,27 @@ def test_spellings_of_flags_and_paths(given, data_file, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "flags", ["--fp16 true --bf16 true", "--lr_scheduler_type cosin", "--evaluation_strategy some"]
+    ("flags", "named"),
+    [
+        ("--fp16 true --bf16 true", "At most one of fp16 and bf16"),
+        ("--lr_scheduler_type cosin", "--lr_scheduler_type cosin: expected one of linear, cosine"),
+        ("--evaluation_strategy some", "--eval_strategy some: expected one of no, steps, epoch"),
+        ("--optim some", "--optim some: invalid choice"),
+        ("--max_steps few", "--max_steps few: invalid int value"),
+        ("--tf32 true", "--tf32 requires Ampere"),
+        ("--dataloader_prefetch_factor 2 --dataloader_num_workers 0", "--dataloader_prefetch_factor can only be set"),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "reduce_lr_on_plateau requires an eval strategy"),
+        ("--load_best_model_at_end true --eval_strategy epoch", "requires the save and eval strategy to match"),
+    ],
 )
-def test_what_transformers_refuses(given, flags):
-    """Found while its arguments are made, so not together with all others; but no traceback."""
-    with pytest.raises(UserError, match=r"(?s)These settings cannot work:.*no_such_flag"):
-        given("--no_such_flag", "1", *flags.split())
+def test_what_transformers_refuses(tiny, tmp_path, flags, named):
+    """Is reported together with all other problems, in one line that names the flag."""
+    words = f"--model_name_or_path {tiny['llama3']} --data_path no.json --output_dir {tmp_path} --no_such_flag 1"
+    with pytest.raises(UserError, match=r"(?s)These settings cannot work:.*no_such_flag") as caught:
+        train([*words.split(), *flags.split()])
+    lines = str(caught.value).splitlines()
+    for part in (named, "no.json: there is no such file"):
+        assert [line for line in lines if part in line], part
 
 
 def test_an_optimizer_whose_package_is_missing_shows_before_weights(tiny, data_file, tmp_path, monkeypatch):
