@@ -5,6 +5,7 @@ adapters = load_adapters({"food": "output/food", "signs": "output/signs"})
 adapters.switch("food")
 adapters.combine({"food": 0.5, "signs": 0.5}, name="both")
 adapters.switch("both")
+adapters.save("both", "output/both")
 print(adapters.model.chat(picture, [{"role": "user", "content": "What is this?"}], adapters.tokenizer))
 """
 
@@ -19,17 +20,26 @@ from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import nn
 
+from finetune.checkpoints import written_aside
 from finetune.loading import (
+    EXTRA_WEIGHTS_NAME,
+    SETTINGS_NAME,
     base_of_adapter,
     check_folders,
     load_base,
     load_lora,
     load_tokenizer,
     read_extra_tensors,
+    read_record,
     trained_slices,
 )
+from finetune.model_card import CARD, write_card
+from finetune.places import at_home
+from finetune.reporting import settings_record, write_settings
+from finetune.result_folder import lacking_in_result
 
 logger = logging.getLogger("finetune")
 
@@ -51,14 +61,23 @@ class Adapters:
         active: name of the adapter that answers, or None for the base model.
     """
 
-    def __init__(self, model: PeftModel, tokenizer, extra: Mapping[str, Mapping[str, torch.Tensor]], slices: Mapping):
+    def __init__(
+        self,
+        model: PeftModel,
+        tokenizer,
+        extra: Mapping[str, Mapping[str, torch.Tensor]],
+        slices: Mapping,
+        settings: Mapping[str, Mapping],
+    ):
         """
         Args:
             extra: per adapter, tensors by their names in a PeftModel that has this adapter alone.
             slices: per adapter, most slices of a picture; under None, the base model's.
+            settings: per adapter, what its `training_settings.json` says.
         """
         self.model = model
         self.tokenizer = tokenizer
+        self._settings = dict(settings)
         self.active: str | None = None
         self._slices = dict(slices)
         self._places = {
@@ -136,11 +155,64 @@ class Adapters:
         }
         slices = {part: self._slices[part] for part in weights}
         self._slices[name] = max(slices.values())
+        self._settings[name] = self._combined_settings(weights, self._slices[name])
         if len(set(slices.values())) > 1:
             logger.warning(
                 "the adapters were trained with different --max_slice_nums (%s): %s takes the largest",
                 *(", ".join(f"{part}: {most}" for part, most in slices.items()), name),
             )
+
+    def save(self, name: str, folder: str | os.PathLike) -> None:
+        """Write an adapter, a combined one too, to a folder of its own, as training writes adapters: `load_finetuned`,
+        `load_adapters` and all programs take it.
+
+        Args:
+            folder: new or empty; nothing is overwritten.
+
+        Raises:
+            ValueError: when there is no such adapter, or something lies in the folder.
+            UserError: when it cannot be written.
+        """
+        self._check_known([name])
+        folder = Path(at_home(os.fspath(folder)))
+        if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+            raise ValueError(f"{folder} is not empty; nothing is overwritten, name another folder")
+        base = Path(self.model.get_base_model().name_or_path)
+        self.model.peft_config[name].base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
+        names = self._names_alone(name)
+        with written_aside(folder, writes=True, into=True, lacks=lacking_in_result) as aside:
+            self.model.save_pretrained(aside, selected_adapters=[name])
+            if (aside / name).is_dir():  # where peft puts all but one that is called "default"
+                for file in (aside / name).iterdir():
+                    os.replace(file, aside / file.name)
+                (aside / name).rmdir()
+            extra = {names[place]: tensor.to("cpu", copy=True) for place, tensor in self._extra[name].items()}
+            torch.save(extra, aside / EXTRA_WEIGHTS_NAME)
+            self.tokenizer.save_pretrained(aside)
+            write_settings(self._settings[name], aside)
+            (aside / CARD).unlink(missing_ok=True)  # peft's form
+            write_card(aside, folder.name, history=())
+
+    def _names_alone(self, name: str) -> dict[str, str]:
+        """Names of parameters in a PeftModel that has this adapter alone, by their places."""
+        wrapped = {
+            path for path, layer in self.model.named_modules() if isinstance(layer, LoraLayer) and name in layer.r
+        }
+        names = {}
+        for place in self._places:
+            module, _, parameter = place.rpartition(".")
+            names[place] = f"{module}.base_layer.{parameter}" if module in wrapped else place
+        return names
+
+    def _combined_settings(self, weights: Mapping[str, float], slices: int) -> dict:
+        """What `training_settings.json` says of a combination: what its parts agree on, and which they are."""
+        parts = [self._settings[part] for part in weights]
+        resolved = [part.get("resolved") or {} for part in parts]
+        same = {key: value for key, value in resolved[0].items() if all(other.get(key) == value for other in resolved)}
+        slicing = {**self.model.get_base_model().config.slicing, "max_slice_nums": slices}
+        record = settings_record({}, {**same, "slicing": slicing, "combined_from": dict(weights)})
+        recorded = next((part["base_weights"] for part in parts if part.get("base_weights")), None)
+        return {**record, "base_weights": recorded} if recorded else record
 
     def _weighted_sum(self, place: str, weights: Mapping[str, float]) -> torch.Tensor:
         """In float32, then in the dtype of the model. The base counts what the weights leave to 1, so that a single
@@ -212,7 +284,8 @@ def load_adapters(
     slices = {None: most, **{name: most if found is None else found for name, found in trained.items()}}
     for name, folder in folders.items():
         model = load_lora(model, folder, name)
-    return Adapters(model.eval(), tokenizer, extra, slices)
+    settings = {name: read_record(Path(folder, SETTINGS_NAME)) for name, folder in folders.items()}
+    return Adapters(model.eval(), tokenizer, extra, slices, settings)
 
 
 def _by_place(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

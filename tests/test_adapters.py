@@ -13,6 +13,7 @@ from conftest import LLM_TYPES, write_adapter
 from PIL import Image
 from transformers import TrainingArguments
 
+from finetune import merge_lora
 from finetune.adapters import Adapters, load_adapters
 from finetune.data_files import load_samples
 from finetune.dataset import SupervisedDataset, data_collator
@@ -220,3 +221,79 @@ def test_the_first_loss_is_the_adapters(folders, llm_type, data_file, tmp_path, 
         history = json.loads((out / "trainer_state.json").read_text())["log_history"]
         first.append(next(entry["loss"] for entry in history if "loss" in entry))
     assert first[1] == pytest.approx(expected, rel=1e-5)
+
+
+COMBINATIONS = {
+    "mean": {"food": 0.5, "signs": 0.5},
+    "three": {"food": 1.5, "signs": -0.25, "everywhere": 0.5},
+    "one": {"signs": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def written(folders, tmp_path_factory) -> dict[str, tuple[Path, torch.Tensor]]:
+    """Folders of combinations, and of a loaded adapter of each kind, with their logits in memory."""
+    place, found = tmp_path_factory.mktemp("written"), {}
+    adapters = load_adapters(some(folders, *FLAGS))
+    for name, weights in COMBINATIONS.items():
+        adapters.combine(weights, name)
+    for name in (*COMBINATIONS, *FLAGS):
+        adapters.switch(name)
+        found[name] = (place / name, now(adapters))
+    for name, (folder, _) in found.items():  # whichever is active
+        adapters.save(name, folder)
+    return found
+
+
+@pytest.mark.parametrize("name", [*COMBINATIONS, *FLAGS])
+def test_a_saved_adapter_is_that_in_memory(name, written, folders, alone):
+    folder, expected = written[name]
+    torch.testing.assert_close(logits(*load_finetuned(folder)), expected, atol=1e-5, rtol=1e-5)
+    if name in FLAGS:
+        assert torch.equal(logits(*load_finetuned(folder)), alone[name])
+    trained = {file.name for file in folders["food"].iterdir()} | {"README.md"}
+    assert {file.name for file in folder.iterdir()} == trained
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["inference_mode"] and config["base_model_name_or_path"] == str(folders[None].resolve())
+
+
+@pytest.mark.parametrize("name", ["mean", "three"])
+def test_a_saved_combination_can_be_merged(name, written, tmp_path):
+    folder, expected = written[name]
+    merge_lora.main(["--adapter", str(folder), "--output", str(tmp_path / "merged")])
+    torch.testing.assert_close(logits(*load_finetuned(tmp_path / "merged")), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_saved_combination_is_an_adapter_like_others(written, folders, alone, data_file, tmp_path):
+    """It can be loaded beside others, combined with them, and trained on."""
+    folder, expected = written["mean"]
+    adapters = load_adapters({"both": folder, "food": folders["food"]})
+    torch.testing.assert_close(now(adapters), expected, atol=1e-5, rtol=1e-5)
+    adapters.switch("food")
+    assert torch.equal(now(adapters), alone["food"])
+    adapters.combine({"both": 2.0, "food": -1.0}, "signs_again")
+    flags = ("--data_path", data_file, "--output_dir", tmp_path / "more", "--use_lora", "true", "--max_steps", 1)
+    flags += ("--lora_weight_path", folder, "--report_to", "none", "--dataloader_num_workers", 0)
+    train([str(word) for word in ("--model_name_or_path", folders[None], *flags, "--disable_tqdm", "true")])
+    assert (tmp_path / "more" / "adapter_model.safetensors").exists()
+
+
+def test_settings_of_a_combination(written):
+    """What the parts agree on, so that a wrong base is known; and which parts they were."""
+    resolved = json.loads((written["mean"][0] / "training_settings.json").read_text())["resolved"]
+    assert resolved["combined_from"] == COMBINATIONS["mean"] and resolved["dtype"] == "float32"
+    assert resolved["slicing"]["max_slice_nums"] == 9
+
+
+def test_nothing_is_overwritten_by_saving(folders, tmp_path):
+    adapters = load_adapters(some(folders, "signs"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").touch()
+    for folder in (tmp_path / "full", folders["food"], tmp_path / "full" / "mine.txt"):
+        with pytest.raises(ValueError, match="nothing is overwritten"):
+            adapters.save("signs", folder)
+    with pytest.raises(ValueError, match="no adapter 'other'"):
+        adapters.save("other", tmp_path / "new")
+    (tmp_path / "empty").mkdir()
+    adapters.save("signs", tmp_path / "empty")
+    load_finetuned(tmp_path / "empty")
