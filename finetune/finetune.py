@@ -39,12 +39,11 @@ from finetune.arguments import (
     parse_arguments,
     trained_set_problems,
 )
+from finetune.bad_samples import BadSamples, leave_out_bad_samples
 from finetune.checkpoints import newest_complete, optimizer_kind, set_checkpoints_aside, set_newer_aside
 from finetune.checks import (
-    BAD_SAMPLES_NAME,
     check_same_data,
     find_problems,
-    leave_out_bad_samples,
     report_problems,
     token_lengths,
     warn_of_remarks,
@@ -158,6 +157,9 @@ def train(argv: list[str] | None = None) -> None:
         say_changes(recorded_flags(checkpoint), flags_of(settings))
     logger.info("parameters\n%s", parameter_table(model))
 
+    bad = BadSamples(
+        *(datasets, args.output_dir, data_args.bad_samples == "skip", data_args.max_bad_fraction, left_out),
+    )
     trainer = CPMTrainer(
         model=model,
         args=args,
@@ -168,6 +170,7 @@ def train(argv: list[str] | None = None) -> None:
         settings=settings,
         continued_adapter=lora_args.lora_weight_path or None,
         group_elements=group_elements,
+        bad_samples=bad,
     )
     if trainer.predictor is not None:
         asked, cut = len(trainer.predictor.questions), trainer.predictor.left_out
@@ -179,9 +182,8 @@ def train(argv: list[str] | None = None) -> None:
     trainer.save_state()
     if args.should_save:
         plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    if data_args.bad_samples == "skip":
-        record = Path(args.output_dir, BAD_SAMPLES_NAME)
-        logger.info("%d bad samples were left out, see %s", sum(left_out.values()), record)
+    if bad.skip:
+        logger.info("%d bad samples were left out or masked, see %s", sum(map(bad.count, datasets)), bad.path)
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
 
 
