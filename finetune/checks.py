@@ -28,7 +28,7 @@ from finetune.errors import UserError, is_main_of_node, nodes, over_processes, s
 from finetune.loaders import Lifeline
 from finetune.pictures import forget_sizes, picture_paths
 from finetune.sample_check import REMARKS
-from finetune.waiting import Taken, take_reported
+from finetune.waiting import reported
 
 logger = logging.getLogger("finetune")
 
@@ -212,7 +212,11 @@ def _results(look, ranges: list[range], numbers: range, workers: int) -> Iterato
     loader = DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     with closing(Lifeline()) as lifeline:
         lifeline.give_to(loader)
-        yield from Taken(loader, partial(take_reported, what="samples that are looked at"))
+        found = iter(loader)
+        for number in numbers:
+            with reported(f"samples {ranges[number].start} to {ranges[number].stop - 1}, which are looked at"):
+                result = next(found)
+            yield result
 
 
 def _as_it_is(result: tuple[int, object]) -> tuple[int, object]:

@@ -133,11 +133,12 @@ class Guard(TrainerCallback):
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and self._hosts is None:
             self._hosts = torch.distributed.new_group(backend="gloo")
 
-    def fetch(self, take: Callable[[], list], what: str) -> list | None:
+    def fetch(self, take: Callable[[], list], what: str, end_loaders: Callable[[], None]) -> list | None:
         """What `take` returns, which waits for data. A signal ends the wait, whatever it is for: None.
 
         Args:
             what: is waited for, for the report of a stall.
+            end_loaders: called on a signal, before anything waits for loader processes that are stalled.
         """
         found = None
         try:
@@ -147,7 +148,8 @@ class Guard(TrainerCallback):
                     found = take_reported(take, what)
             finally:
                 self._waiting = False
-        except Interrupted:
+        except Interrupted:  # whose traceback keeps the loader until here
+            end_loaders()
             return None
         return found
 

@@ -239,7 +239,7 @@ class CPMTrainer(Trainer):
             return None
         batches, error = None, None
         try:
-            batches = self.guard.fetch(take, what)
+            batches = self.guard.fetch(take, what, self._end_loaders)
         except SampleError as met:
             error = met
         bad = [problem for batch in batches or () for problem in batch.get("bad") or ()]

@@ -21,6 +21,7 @@ from finetune.errors import rank
 logger = logging.getLogger("finetune")
 
 DELAY = 45.0  # seconds until a stall is reported for the first time; then after twice as long, again and again
+LOOK_EVERY = 0.5  # seconds
 SHARED_MEMORY = Path("/dev/shm")
 
 _started: tuple[float, str] | None = None  # when the wait that goes on began, and what for
@@ -83,11 +84,11 @@ class Taken:
 def _look_on() -> None:
     seen, due = None, DELAY
     while True:
-        time.sleep(DELAY / 9)
+        time.sleep(LOOK_EVERY)
         if _started is not seen:
             seen, due = _started, DELAY
         if seen is not None and (seconds := time.monotonic() - seen[0]) >= due:
-            due *= 2
+            due = 2 * seconds
             logger.warning("%s", _report(seconds, seen[1]))
 
 
@@ -101,5 +102,5 @@ def _report(seconds: float, what: str) -> str:
         )
     return (
         f"process {rank()} has been waiting for {what} for {seconds:.0f} s. If it does not go on, look at the disk "
-        f"that the pictures are on{room}. A signal, such as Ctrl-C, ends the run with a checkpoint"
+        f"that the pictures are on{room}"
     )
