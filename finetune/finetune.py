@@ -257,7 +257,7 @@ def _sampled_base(path: str, cache_dir: str | None) -> dict[str, str]:
 def _stop(trainer: CPMTrainer) -> None:
     """The end of a run that a signal stopped: what to do next, and the exit status that shells give for the signal."""
     if is_main_of_node():
-        step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir)
+        step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir) or "not there yet"
         name = signal.Signals(trainer.guard.signal).name
         slurm = " (under SLURM: the same sbatch with --resume_from_checkpoint true)"
         logger.warning(

@@ -238,7 +238,8 @@ class Guard(TrainerCallback):
             _leave_terminal()
         if first and is_main_of_node():
             name = signal.Signals(number).name
-            message = f"\n{name}: a checkpoint is saved at the end of this step, unless another process has failed\n"
+            when = "" if waiting else " at the end of this step"
+            message = f"\n{name}: a checkpoint is saved{when}, unless another process has failed\n"
             with suppress(OSError):
                 os.write(2, message.encode())  # writing to sys.stderr may interrupt itself
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes it on once more

@@ -132,6 +132,7 @@ class CPMTrainer(Trainer):
         self.tokenizer = processing_class
         self.settings = settings
         self.bad_samples = bad_samples
+        self._resumed: Path | None = None  # the checkpoint that training goes on from
         self._failure: Callable[[], Exception] | None = None  # what the run ends with once its checkpoint is saved
         self._lifeline: Lifeline | None = None  # of the loaders' processes
         self._aside: Path | None = None  # where a checkpoint is being written
@@ -282,11 +283,14 @@ class CPMTrainer(Trainer):
             optimizer.grad_scale, optimizer.found_inf = None, (~torch.isfinite(norm)).float()
         return norm
 
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, *args) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, *args
+    ) -> tuple[int, int]:
         """As in Trainer; a run that is resumed logs, evaluates and saves as its flags say now, and with all its steps
         behind it takes no further one. Trainer (5.17 to 5.24) keeps the flags of the checkpoint, takes a step where the
         last one lies within an epoch, and has no public place before its first step."""
-        place = super()._init_training_state(max_steps, steps_per_epoch, epochs, *args)
+        place = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
+        self._resumed = None if checkpoint is None else Path(checkpoint).resolve()
         self._steps_per_epoch = steps_per_epoch
         self.state.compute_steps(self.args, max_steps)
         forget_best_of_another_metric(self.state, self.args.metric_for_best_model)
@@ -538,8 +542,7 @@ class CPMTrainer(Trainer):
         step = self.state.global_step
         run_dir = Path(super()._get_output_dir(trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        resumed = step == getattr(self, "_initial_global_step", None) and all(over_processes(folder.is_dir()))
-        if step == self._saved_step or resumed:
+        if step == self._saved_step or folder.resolve() == self._resumed:
             return
         with written_aside(folder, self.args.should_save) as aside:
             self._aside = aside.parent
