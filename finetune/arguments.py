@@ -95,7 +95,8 @@ class DataArguments:
         default="fail",
         metadata={
             "help": "Samples that cannot be used: fail (stop before training and list them), or skip (decode every "
-            "picture first, leave the bad samples out and list them in OUTPUT_DIR/bad_samples.jsonl)."
+            "picture first, leave the bad samples out and list them in OUTPUT_DIR/bad_samples.jsonl). Of those that "
+            "are found later: fail (stop with a checkpoint), or skip (they stay in their places and teach nothing)."
         },
     )
     max_bad_fraction: float = field(

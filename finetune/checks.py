@@ -1,4 +1,4 @@
-"""Every sample of a data set looked at before training: problems found together, bad samples left out, lengths.
+"""Every sample of a data set looked at before training: problems found together, lengths.
 
 The work is shared among the processes of a node and their workers; every process ends with the same answer.
 """
@@ -6,18 +6,16 @@ The work is shared among the processes of a node and their workers; every proces
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import socket
 import sys
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,34 +23,19 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from finetune.data_files import Samples
-from finetune.dataset import SupervisedDataset
-from finetune.errors import UserError, is_main_of_node, nodes, over_processes, rank, shown
+from finetune.dataset import Problem, SupervisedDataset
+from finetune.errors import UserError, is_main_of_node, nodes, over_processes, shown
 from finetune.loaders import Lifeline
 from finetune.pictures import forget_sizes, picture_paths
 from finetune.sample_check import REMARKS
+from finetune.waiting import reported
 
 logger = logging.getLogger("finetune")
 
-BAD_SAMPLES_NAME = "bad_samples.jsonl"
 MAX_PROBLEMS_SHOWN = 20
 MAX_NAMES_SHOWN = 5
 BLOCK = 2**20
 CHUNK = 512  # samples that a worker takes at a time
-
-
-class Problem(NamedTuple):
-    """What is wrong with one sample."""
-
-    index: int
-    """in the data set"""
-    file: str | None
-    number: int
-    """in its file"""
-    id: object
-    cause: str
-
-    def __str__(self) -> str:
-        return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {shown(self.id)}): {self.cause}"
 
 
 @dataclass
@@ -229,7 +212,11 @@ def _results(look, ranges: list[range], numbers: range, workers: int) -> Iterato
     loader = DataLoader(_Ranges(look, ranges, numbers), batch_size=None, num_workers=workers, collate_fn=_as_it_is)
     with closing(Lifeline()) as lifeline:
         lifeline.give_to(loader)
-        yield from loader
+        found = iter(loader)
+        for number in numbers:
+            with reported(f"samples {ranges[number].start} to {ranges[number].stop - 1}, which are looked at"):
+                result = next(found)
+            yield result
 
 
 def _as_it_is(result: tuple[int, object]) -> tuple[int, object]:
@@ -274,95 +261,13 @@ def decode_pictures(dataset: SupervisedDataset, index: int) -> None:
 
 def _lengths_of(dataset: SupervisedDataset, indices: range) -> np.ndarray:
     limit = dataset.max_length or sys.maxsize
-    return np.array([min(dataset.measure(index).tokens, limit) for index in indices])
+    return np.array([min(_tokens_of(dataset, index), limit) for index in indices])
 
 
-def leave_out_bad_samples(
-    datasets: Mapping[str, SupervisedDataset], output_dir: str, max_fraction: float, resuming: bool
-) -> dict[str, int]:
-    """Takes every sample that training could not use out of the data sets, and lists them in `bad_samples.jsonl`.
-
-    Every picture is decoded once for that, so that training meets no surprise. A run that is resumed leaves out what
-    its file lists, so that its data stay the same, and looks only whether the rest is still usable.
-
-    Args:
-        datasets: by the name that the file gives them: `train`, `eval`.
-        max_fraction: of the samples of each, 0 to 1.
-
-    Returns:
-        how many were left out of each.
-
-    Raises:
-        UserError: when over `max_fraction` of the samples, or all of them, are bad; when samples became bad since.
-    """
-    path = Path(output_dir) / BAD_SAMPLES_NAME
-    recorded = _from_first_process(lambda: _read_bad_samples(path) if resuming and path.is_file() else None)
-    if recorded is not None:
-        for split, dataset in datasets.items():
-            dataset.raw_data = dataset.raw_data.without(recorded[split])
-            if new := find_problems(dataset):
-                raise UserError(
-                    f"These samples became unusable since the run began; a resumed run leaves out just what {path} "
-                    f"lists:\n{report_problems(new)}"
-                )
-        return {split: len(recorded[split]) for split in datasets}
-    bad = {}
-    for split, dataset in datasets.items():
-        bad[split] = problems = find_problems(dataset, decode=True)
-        total = len(dataset)
-        if len(problems) > max_fraction * total or len(problems) == total:
-            raise UserError(
-                f"{len(problems)} of {total} samples ({len(problems) / total:.1%}) cannot be used, more than "
-                f"--max_bad_fraction {max_fraction} allows:\n{report_problems(problems)}"
-            )
-        left_out = [problem.index for problem in problems]
-        dataset.raw_data, dataset.loads = dataset.raw_data.without(left_out), np.delete(dataset.loads, left_out, axis=0)
-        if problems:
-            logger.warning("%d of %d samples left out:\n%s", len(problems), total, report_problems(problems))
-    _from_first_process(lambda: _write_bad_samples(path, bad))
-    return {split: len(problems) for split, problems in bad.items()}
-
-
-def _from_first_process(make: Callable[[], object]) -> object:
-    """What `make` returns in the first process of a distributed run, in all of them.
-
-    Raises:
-        UserError: in all of them, when a file cannot be read or written.
-    """
-    made, failure = None, None
-    if rank() == 0:
-        try:
-            made = make()
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            failure = (
-                f"{BAD_SAMPLES_NAME} in --output_dir: {type(error).__name__}: {error}. Expected what a run "
-                "with --bad_samples skip wrote there; without the file a resumed run looks for bad samples anew"
-            )
-    made, failure = over_processes((made, failure))[0]
-    if failure:
-        raise UserError(failure)
-    return made
-
-
-def _write_bad_samples(path: Path, bad: Mapping[str, list[Problem]]) -> None:
-    lines = [
-        json.dumps(
-            {"split": split, "sample": p.index, "file": p.file, "index": p.number, "id": p.id, "cause": p.cause},
-            ensure_ascii=False,
-            default=repr,
-        )
-        for split, problems in bad.items()
-        for p in problems
-    ]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(".tmp")
-    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
-
-
-def _read_bad_samples(path: Path) -> dict[str, list[int]]:
-    found = defaultdict(list)
-    for line in filter(None, path.read_text(encoding="utf-8").split("\n")):  # splitlines() ends one at U+2028
-        entry = json.loads(line)
-        found[entry["split"]].append(entry["sample"])
-    return found
+def _tokens_of(dataset: SupervisedDataset, index: int) -> int:
+    try:
+        return dataset.measure(index).tokens
+    except ValueError:
+        if index not in dataset.masked:
+            raise
+        return 1

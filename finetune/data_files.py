@@ -88,6 +88,10 @@ class Samples(Sequence):
         number, index = self._find(index)
         return self.paths[number], index
 
+    def origin(self, index: int) -> int:
+        """The sample's index before any was left out."""
+        return index if self._kept is None else int(self._kept[index])
+
     def folder(self, index: int) -> str:
         """Absolute path of the folder that the sample's file is in; of a saved dataset the folder itself."""
         return self._files[self._find(index)[0]].folder

@@ -14,6 +14,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +56,22 @@ class SampleError(ValueError):
     def __init__(self, message: str):
         # A DataLoader worker's error comes back as its whole traceback in one text; its last line is the message.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2].strip())
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """What is wrong with one sample. No tuple, since Trainer takes those of a batch apart."""
+
+    index: int
+    """in the data set"""
+    file: str | None
+    number: int
+    """in its file"""
+    id: object
+    cause: str
+
+    def __str__(self) -> str:
+        return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {shown(self.id)}): {self.cause}"
 
 
 class Repeated(int):
@@ -105,7 +123,8 @@ class SupervisedDataset(Dataset):
     start inclusive, end exclusive; `id`, for messages.
 
     Raises:
-        SampleError: from `dataset[i]`, naming the sample and the cause; no other sample is taken in its place.
+        SampleError: from `dataset[i]`, naming the sample and the cause; no other sample is taken in its place. With
+            `masks_bad` there is none: the item has nothing supervised, and `bad`, a `Problem`.
     """
 
     def __init__(
@@ -139,6 +158,8 @@ class SupervisedDataset(Dataset):
         self._last: tuple[int, Samples, object] | None = None  # see `_raw`
         self.gathered: object = None  # what `remarks` said of all samples: see `checks.Remarks`
         self.loads: np.ndarray | None = None  # (samples, 2), where processes are to get as much work: see `check`
+        self.masks_bad = False  # give what stands for a bad sample, rather than raise: see `_masked`
+        self.masked: dict[int, Problem] = {}  # known to be bad, by index: they are not looked at again
 
     @classmethod
     def for_checkpoint(
@@ -171,17 +192,19 @@ class SupervisedDataset(Dataset):
         return len(self.raw_data)
 
     def __getitem__(self, index: int) -> dict:
-        item = self._encode(index)
-        if self.max_length is not None:
-            item = truncate(item, self.max_length)
+        item = self._or_masked(index, self._item)
         if isinstance(index, Repeated):
             item["labels"] = torch.full_like(item["labels"], IGNORE_INDEX)
         return item
 
+    def _item(self, index: int) -> dict:
+        item = self._encode(index)
+        return item if self.max_length is None else truncate(item, self.max_length)
+
     def prompt(self, index: int, turn: int) -> dict:
         """What the model reads before it gives the answer at `turn`: an item, not truncated, that ends with the words
         after which the assistant speaks. Answers further up are those of the sample."""
-        return self._encode(index, generation_prompt=True, until=turn)
+        return self._or_masked(index, partial(self._encode, generation_prompt=True, until=turn))
 
     def prompts(self, index: int) -> list[tuple[int, int]]:
         """(turn, tokens of its prompt) of every answer with a weight other than 0; no picture is decoded.
@@ -195,6 +218,37 @@ class SupervisedDataset(Dataset):
             return len(encode_text(turns[:turn], self.tokenizer, self.llm_type, self.query_nums, True)[0])
 
         return [(number, tokens(number)) for number, turn in enumerate(turns) if turn.supervised]
+
+    def _or_masked(self, index: int, make: Callable[[int], dict]) -> dict:
+        """`make(index)`, or what stands for a sample that turns out to be bad, where that is asked for: other processes
+        of the run, which have met no error, would wait for this one's share of the step."""
+        if not self.masks_bad:
+            return make(index)
+        if index in self.masked:
+            return self._masked(self.masked[index])
+        try:
+            return make(index)
+        except MemoryError:  # no fault of the sample
+            raise
+        except SampleError as error:
+            cause = str(error).removeprefix(f"{self.name(index)}: ")
+        except Exception as error:  # whatever a decoder raises
+            cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return self._masked(Problem(int(index), *self.place(index), cause))
+
+    def _masked(self, problem: Problem) -> dict:
+        """An item that teaches nothing: BOS alone, no picture, nothing supervised. Its `bad` says why."""
+        return {
+            "input_ids": torch.tensor([self.tokenizer.bos_token_id]),
+            "labels": torch.tensor([IGNORE_INDEX]),
+            "position_ids": torch.zeros(1, dtype=torch.int64),
+            "attention_mask": torch.ones(1, dtype=torch.bool),
+            "image_bound": torch.zeros(0, 2, dtype=torch.int64),
+            "pixel_values": [],
+            "tgt_sizes": torch.zeros(0, 2, dtype=torch.int32),
+            "id": self.name(problem.index),
+            "bad": problem,
+        }
 
     def _encode(self, index: int, **prompt) -> dict:
         try:
@@ -405,7 +459,8 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
         `input_ids`, `position_ids`, `labels` (B, L) int64, `attention_mask` (B, L) bool; `pixel_values`,
         `tgt_sizes`, `image_bound` as lists per sample; `ids`, the items' `id`s; `label_index` (K,) and `token_index`
         (T,) int64, the supervised positions and the tokens in the flattened batch; `lengths` and
-        `independent_samples`, see `MiniCPMV.forward`.
+        `independent_samples`, see `MiniCPMV.forward`; `bad`, the `Problem`s of items that stand for bad samples, where
+        there are any.
     """
     items = [truncate(example, max_length) for example in examples]
 
@@ -415,6 +470,7 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
     labels = pad("labels", IGNORE_INDEX)
     lengths = [len(item["input_ids"]) for item in items]
     attention_mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    bad = [item["bad"] for item in items if "bad" in item]
     return {
         "input_ids": pad("input_ids", padding_value),
         "position_ids": pad("position_ids", 0),
@@ -428,4 +484,5 @@ def data_collator(examples: Sequence[dict], padding_value: int = 0, max_length: 
         "lengths": lengths,
         "ids": [item.get("id") for item in items],
         "independent_samples": True,
+        **({"bad": bad} if bad else {}),
     }

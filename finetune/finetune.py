@@ -39,12 +39,11 @@ from finetune.arguments import (
     parse_arguments,
     trained_set_problems,
 )
+from finetune.bad_samples import BadSamples, leave_out_bad_samples
 from finetune.checkpoints import newest_complete, optimizer_kind, set_checkpoints_aside, set_newer_aside
 from finetune.checks import (
-    BAD_SAMPLES_NAME,
     check_same_data,
     find_problems,
-    leave_out_bad_samples,
     report_problems,
     token_lengths,
     warn_of_remarks,
@@ -183,6 +182,9 @@ def _train(
         say_changes(recorded_flags(checkpoint), flags_of(settings))
     logger.info("parameters\n%s", parameter_table(model))
 
+    bad = BadSamples(
+        *(datasets, args.output_dir, data_args.bad_samples == "skip", data_args.max_bad_fraction, left_out),
+    )
     trainer = CPMTrainer(
         model=model,
         args=args,
@@ -193,6 +195,7 @@ def _train(
         settings=settings,
         continued_adapter=lora_args.lora_weight_path or None,
         group_elements=group_elements,
+        bad_samples=bad,
     )
     if trainer.predictor is not None:
         asked, cut = len(trainer.predictor.questions), trainer.predictor.left_out
@@ -204,9 +207,8 @@ def _train(
     trainer.save_state()
     if args.should_save:
         plot_history(trainer.state.log_history, Path(args.output_dir) / "loss.png")
-    if data_args.bad_samples == "skip":
-        record = Path(args.output_dir, BAD_SAMPLES_NAME)
-        logger.info("%d bad samples were left out, see %s", sum(left_out.values()), record)
+    if bad.skip:
+        logger.info("%d bad samples were left out or masked, see %s", sum(map(bad.count, datasets)), bad.path)
     logger.info("trained on %d samples, saved to %s", len(train_dataset), Path(args.output_dir).resolve())
 
 
@@ -277,7 +279,7 @@ def _sampled_base(path: str, cache_dir: str | None) -> dict[str, str]:
 def _stop(trainer: CPMTrainer) -> None:
     """The end of a run that a signal stopped: what to do next, and the exit status that shells give for the signal."""
     if is_main_of_node():
-        step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir)
+        step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir) or "not there yet"
         name = signal.Signals(trainer.guard.signal).name
         slurm = " (under SLURM: the same sbatch with --resume_from_checkpoint true)"
         logger.warning(

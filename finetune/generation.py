@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
@@ -29,6 +29,7 @@ from finetune.loaders import Lifeline, Load, sample_bytes
 from finetune.metrics import Scores, mean_scores, score
 from finetune.minicpmv.image_slicing import slicing_of
 from finetune.minicpmv.streaming import answer_text, stop_ids
+from finetune.waiting import Taken, take_reported
 
 logger = logging.getLogger("finetune")
 
@@ -131,7 +132,8 @@ def prompt_collator(items: Sequence[Mapping], padding_value: int) -> dict:
 
     Returns:
         `data` for `MiniCPMV.generate`: `input_ids` (B, L) int64, `attention_mask` (B, L) bool; `pixel_values`,
-        `tgt_sizes` and `image_bound`, moved with the padding, as lists per question; `independent_samples`.
+        `tgt_sizes` and `image_bound`, moved with the padding, as lists per question; `independent_samples`; `bad`, as
+        of `data_collator`.
     """
     longest = max(len(item["input_ids"]) for item in items)
     input_ids = torch.full((len(items), longest), padding_value)
@@ -142,6 +144,7 @@ def prompt_collator(items: Sequence[Mapping], padding_value: int) -> dict:
         input_ids[row, padding:] = item["input_ids"]
         attention_mask[row, padding:] = True
         bounds.append(item["image_bound"] + padding)
+    bad = [item["bad"] for item in items if "bad" in item]
     return {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
@@ -149,6 +152,7 @@ def prompt_collator(items: Sequence[Mapping], padding_value: int) -> dict:
         "tgt_sizes": [item["tgt_sizes"] for item in items],
         "image_bound": bounds,
         "independent_samples": True,
+        **({"bad": bad} if bad else {}),
     }
 
 
@@ -158,15 +162,17 @@ def generate_answers(
     questions: Sequence[Question],
     batches: Sequence[Sequence[int]],
     workers: int = 0,
+    fetch: Callable[[Callable[[], list]], list] = take_reported,
     **settings,
 ) -> Iterator[dict[int, Answer]]:
-    """The answers of one batch after another, by their places in `questions`.
+    """The answers of one batch after another, by their places in `questions`; none to questions of masked samples.
 
     Args:
         model: `MiniCPMV`, plain or under PEFT; it is in evaluation mode meanwhile. Under ZeRO-3 all processes must
             have the same number of batches.
         batches: of `deal`.
         workers: processes that load and slice pictures while the model generates.
+        fetch: takes a batch from the loader, see `Taken`.
         settings: generation arguments of transformers that win over greedy search, `max_new_tokens` among them.
     """
     tokenizer = dataset.tokenizer
@@ -184,7 +190,8 @@ def generate_answers(
     )
     with closing(Lifeline()) as lifeline, _evaluating(model):
         lifeline.give_to(loader)
-        for places, data in zip(batches, loader, strict=True):
+        for places, data in zip(batches, Taken(loader, fetch), strict=True):
+            bad = {problem.index for problem in data.pop("bad", ())}
             data = {
                 name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for name, value in data.items()
@@ -192,7 +199,8 @@ def generate_answers(
             said = base.generate(data=data, **settings).cpu()
             cut = ~torch.isin(said, torch.tensor(stops)).any(dim=1)
             texts = [answer_text(row, tokenizer, stops) for row in said]
-            yield dict(zip(places, map(Answer, texts, cut.tolist()), strict=True))
+            answers = zip(places, map(Answer, texts, cut.tolist()), strict=True)
+            yield {place: answer for place, answer in answers if questions[place].index not in bad}
 
 
 def load_of(dataset: SupervisedDataset, questions: Sequence[Question], batch_size: int) -> Load:
@@ -277,16 +285,28 @@ class Predictor:
                 *(room, max_new_tokens, whole),
             )
 
-    def __call__(self, model: nn.Module, show_progress: bool = False) -> list[Answered]:
-        """All questions answered by all processes together, in the order of the data, the same in each of them."""
+    def __call__(
+        self,
+        model: nn.Module,
+        show_progress: bool = False,
+        fetch: Callable[[Callable[[], list]], list] = take_reported,
+    ) -> list[Answered]:
+        """All questions answered by all processes together, in the order of the data, the same in each of them; those
+        of masked samples are left out.
+
+        Args:
+            fetch: see `generate_answers`.
+        """
         batches = deal(self.questions, self.batch_size, rank(), processes())
         said = generate_answers(
-            model, self.dataset, self.questions, batches, self.workers, max_new_tokens=self.max_new_tokens
+            model, self.dataset, self.questions, batches, self.workers, fetch, max_new_tokens=self.max_new_tokens
         )
         bar = tqdm(said, "answering", len(batches), unit=" batches", disable=not show_progress, leave=False)
         own = dict(chain.from_iterable(answers.items() for answers in bar))
         answers = {place: answer for of_process in over_processes(own) for place, answer in of_process.items()}
-        return [compare(self.dataset, question, answers[n]) for n, question in enumerate(self.questions)]
+        return [
+            compare(self.dataset, question, answers[n]) for n, question in enumerate(self.questions) if n in answers
+        ]
 
 
 def metrics_of(answered: Sequence[Answered]) -> dict[str, float]:

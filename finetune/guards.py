@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from pickle import UnpicklingError
@@ -25,6 +25,7 @@ import torch
 from transformers import TrainerCallback
 
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
+from finetune.waiting import take_reported
 
 logger = logging.getLogger("finetune")
 
@@ -47,13 +48,15 @@ class Step(NamedTuple):
     tokens: int
     slices: int
     supervised: int
+    """samples that are masked since they are bad count as well: that they teach nothing has been said"""
 
     @classmethod
     def of(cls, batches: Sequence[Mapping]) -> Step:
         """Of the micro-batches of a step, as `data_collator` makes them."""
         slices = sum(len(sample) for batch in batches for sample in batch.get("pixel_values") or ())
         names = [str(name) for batch in batches for name in batch.get("ids") or ()]
-        return cls(names, sum(map(_tokens, batches)), slices, sum(map(_supervised, batches)))
+        masked = sum(len(batch.get("bad") or ()) for batch in batches)
+        return cls(names, sum(map(_tokens, batches)), slices, sum(map(_supervised, batches)) + masked)
 
 
 def _tokens(batch: Mapping) -> int:
@@ -69,7 +72,11 @@ def _supervised(batch: Mapping) -> int:
 
 
 class EvaluationLeft(Exception):
-    """An evaluation that a signal ended, in all processes at once."""
+    """An evaluation that a signal or a bad sample ended, in all processes at once."""
+
+
+class Interrupted(BaseException):
+    """A signal came while data were waited for. No Exception, which the code that reads data may catch."""
 
 
 class Guard(TrainerCallback):
@@ -85,13 +92,17 @@ class Guard(TrainerCallback):
         signal: the signal that stops the run, in any of its processes; 0: none.
         step: the step that runs.
         evaluating: an evaluation runs.
+        leaving: the run ends without a further step, since not all processes have data for one: a signal came while
+            they were waited for, or a sample is bad.
     """
 
     def __init__(self, max_bad_steps: int):
         self.max_bad_steps = max_bad_steps
         self.signal = self._received = 0
         self.step = Step([], 0, 0, 1)
-        self.evaluating = False
+        self.evaluating = self.leaving = False
+        self._waiting = False  # for data
+        self._random: torch.Tensor | None = None  # state of the CPU's numbers before an epoch's first batch
         self._bad_steps = 0
         self._losses: deque[tuple[list[str], torch.Tensor, torch.cuda.Event | None]] = deque()
         self._bad_names: deque[list[str]] = deque(maxlen=max_bad_steps)
@@ -101,7 +112,7 @@ class Guard(TrainerCallback):
 
     def begin_step(self, batches: Sequence[Mapping]) -> None:
         self.step = Step.of(batches)
-        self._finite = None
+        self._finite = self._random = None
 
     def see_loss(self, loss: torch.Tensor) -> None:
         """The loss of a micro-batch, on its device."""
@@ -109,14 +120,64 @@ class Guard(TrainerCallback):
         self._finite = finite if self._finite is None else self._finite & finite
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and self._hosts is None:
-            self._hosts = torch.distributed.new_group(backend="gloo")
+        self._connect()
         self.signal = self._received = self._bad_steps = 0
+        self.leaving = False
         self._losses.clear()
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup; a handler that is no Python
                     self._handlers[number] = signal.signal(number, self._receive)
+
+    def _connect(self) -> None:
+        if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1 and self._hosts is None:
+            self._hosts = torch.distributed.new_group(backend="gloo")
+
+    def fetch(self, take: Callable[[], list], what: str, end_loaders: Callable[[], None]) -> list | None:
+        """What `take` returns, which waits for data. A signal ends the wait, whatever it is for: None.
+
+        Args:
+            what: is waited for, for the report of a stall.
+            end_loaders: called on a signal, before anything waits for loader processes that are stalled.
+        """
+        found = None
+        try:
+            try:
+                self._waiting = True
+                if not self._received:
+                    found = take_reported(take, what)
+            finally:
+                self._waiting = False
+        except Interrupted:  # whose traceback keeps the loader until here
+            end_loaders()
+            return None
+        return found
+
+    def anywhere(self, bad: bool) -> tuple[bool, bool]:
+        """Whether a signal has come, and whether data are bad, in any of the processes, all of which must call it."""
+        self._connect()
+        numbers = torch.tensor([bool(self._received), bad], dtype=torch.int64)
+        if self._hosts is not None:
+            torch.distributed.all_reduce(numbers, group=self._hosts)
+        signalled, bad_anywhere = map(bool, numbers.tolist())
+        return signalled, bad_anywhere
+
+    def leave(self, state, control, model: torch.nn.Module | None) -> None:
+        """End the run with the last finished step, which is saved; all processes must call it.
+
+        Raises:
+            UserError: in all processes, over the losses so far.
+        """
+        self.leaving = control.should_training_stop = True
+        self._agree(state.global_step, everything=True)
+        control.should_save, control.should_evaluate = state.global_step > 0, False
+        self._hold_back(state, control, model)
+        if self._random is not None:  # what makes the epoch's batches has drawn, and a resumed run will draw again
+            torch.set_rng_state(self._random)
+            self._random = None
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._random = torch.get_rng_state()
 
     def on_step_end(self, args, state, control, **kwargs):
         self._note_loss()
@@ -129,23 +190,6 @@ class Guard(TrainerCallback):
         if self._bad_steps and state.global_step >= state.max_steps:
             self._end_on_bad_step(state.global_step, kwargs["model"])
         self._hold_back(state, control, kwargs.get("model"))
-
-    def on_prediction_step(self, args, state, control, model=None, **kwargs):
-        """A signal does not wait for the evaluation, which a resumed run makes up for.
-
-        Raises:
-            EvaluationLeft: in all processes, which have the same number of these steps.
-        """
-        if not self._handlers:  # not within training
-            return
-        received = torch.tensor(bool(self._received), dtype=torch.int64)
-        if self._hosts is not None:
-            torch.distributed.all_reduce(received, group=self._hosts)
-        if received:
-            self.signal, self.evaluating = self._received or signal.SIGTERM, False
-            control.should_training_stop = control.should_save = True
-            self._hold_back(state, control, model)
-            raise EvaluationLeft
 
     def _end_on_bad_step(self, step: int, model: torch.nn.Module) -> None:
         """The last step of all has a bad loss: there is a result only where it has changed no weight."""
@@ -165,15 +209,16 @@ class Guard(TrainerCallback):
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._agree(state.global_step, everything=True)
-        if self.signal:  # come within an evaluation, or an epoch that it ended, whose evaluation would take long
-            control.should_training_stop = control.should_save = True
+        if self.signal or self.leaving:  # within an evaluation, or the epoch, whose evaluation would take long
+            control.should_training_stop = True
+            control.should_save = state.global_step > 0
             control.should_evaluate = False
         self._hold_back(state, control, kwargs.get("model"))
 
     def _hold_back(self, state, control, model: torch.nn.Module | None) -> None:
         """No checkpoint of a model that may be spoilt; on a signal, which leaves no later one, it is looked at."""
         if self._bad_steps and control.should_save:
-            if self.signal and model is not None and all(over_processes(_trained_are_finite(model))):
+            if (self.signal or self.leaving) and model is not None and all(over_processes(_trained_are_finite(model))):
                 return
             control.should_save = False
             if is_main_of_node():
@@ -184,18 +229,23 @@ class Guard(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers.clear()
+        self._received, self.leaving = 0, False
 
     def _receive(self, number: int, _frame) -> None:
         first, self._received = not self._received, number
+        waiting, self._waiting = self._waiting, False
         if signal.Signals(number).name == "SIGHUP":  # the terminal is gone, and writing to it is an error
             _leave_terminal()
         if first and is_main_of_node():
             name = signal.Signals(number).name
-            message = f"\n{name}: a checkpoint is saved at the end of this step, unless another process has failed\n"
+            when = "" if waiting else " at the end of this step"
+            message = f"\n{name}: a checkpoint is saved{when}, unless another process has failed\n"
             with suppress(OSError):
                 os.write(2, message.encode())  # writing to sys.stderr may interrupt itself
         if number == signal.SIGINT and "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun passes it on once more
             signal.signal(number, self._handlers[number])  # a second one ends the run at once
+        if waiting:  # Python would go on with the system call
+            raise Interrupted
 
     def _note_loss(self) -> None:
         if self._finite is None:
@@ -392,23 +442,25 @@ def die_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resume_command(argv: Sequence[str]) -> str:
+def resume_command(argv: Sequence[str], **flags: object) -> str:
     """The command that goes on with this run from its newest checkpoint.
 
     Args:
         argv: the program and its flags, as in sys.argv.
+        flags: by name, in the place of those that the run had.
     """
-    replaced = ("--resume_from_checkpoint", "--overwrite_output_dir")
+    replaced = ("--resume_from_checkpoint", "--overwrite_output_dir", *(f"--{name}" for name in flags))
     words, skip = [], False
     for word in argv:
         name = word.split("=")[0]
-        if name in replaced:
+        if name[:2] + name[2:].replace("-", "_") in replaced:
             skip = name == word
         elif skip and not word.startswith("--"):
             skip = False
         else:
             skip = False
             words.append(word)
+    words += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
     words += ["--resume_from_checkpoint", "true"]
     start = [sys.executable]
     if "TORCHELASTIC_RUN_ID" in os.environ:

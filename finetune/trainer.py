@@ -8,13 +8,15 @@ Labels arrive shifted from the dataset. Shapes: B samples, L tokens, K supervise
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import re
 import sys
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from heapq import heappop, heapreplace
 from html import escape
@@ -39,8 +41,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, has_length, rotate
 if not __package__:  # `import trainer` from inside finetune/, as the original's scripts did
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from finetune.bad_samples import BadSamples
 from finetune.checkpoints import copy_processor, lacking, written_aside
-from finetune.dataset import Repeated, SupervisedDataset, data_collator
+from finetune.dataset import Problem, Repeated, SampleError, SupervisedDataset, data_collator
 from finetune.errors import UserError, over_processes
 from finetune.flags import NOT_FOR_THE_TRAINER, REFUSED
 from finetune.generation import Answered, Predictor, metrics_of
@@ -57,10 +60,12 @@ from finetune.reporting import write_settings
 from finetune.result_folder import lacking_in_result
 from finetune.resume import apply_settings, find_best, settings_of_groups
 from finetune.safe_files import no_code_from_files
+from finetune.waiting import Taken
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
 
 FUSED_BIAS = re.compile(r"\.(in_proj_bias|qkv\.bias)$")  # of queries, keys and values
 VISION_TOWER = re.compile(r"(^|\.)vpm\.")
+NOT_FOR_THE_MODEL = ("labels", "ids", "bad")  # of a batch
 ANSWERS_SHOWN = 8  # at each evaluation, in TensorBoard
 SHOWN_TEXT = 500  # characters of each
 
@@ -95,6 +100,8 @@ class CPMTrainer(Trainer):
         continued_adapter: adapter folder that training began from. What its `vpm_resampler_embedtokens.pt` holds and
             this run keeps frozen is written again, so that the new folder is complete.
         settings: what `training_settings.json` shall say, beside every saved model.
+        bad_samples: what to do about samples that turn out to be bad while the run lasts; None: their SampleError ends
+            it, with a checkpoint.
         group_elements: with ZeRO-1 and 2, most elements of a parameter group; None: groups as Trainer makes them. A
             checkpoint can be resumed only with what it was saved with.
         processing_class: the tokenizer, saved with every model. Trainer does not get it, or it would write its special
@@ -109,6 +116,7 @@ class CPMTrainer(Trainer):
         continued_adapter: str | os.PathLike | None = None,
         group_elements: int | None = GROUP_ELEMENTS,
         settings: Mapping | None = None,
+        bad_samples: BadSamples | None = None,
         **kwargs,
     ):
         config = getattr(kwargs.get("model", args[0] if args else None), "config", None)
@@ -124,6 +132,9 @@ class CPMTrainer(Trainer):
             config.use_cache = use_cache  # Trainer turns it off for good, though training says use_cache=False itself
         self.tokenizer = processing_class
         self.settings = settings
+        self.bad_samples = bad_samples
+        self._resumed: Path | None = None  # the checkpoint that training goes on from
+        self._failure: Callable[[], Exception] | None = None  # what the run ends with once its checkpoint is saved
         self._lifeline: Lifeline | None = None  # of the loaders' processes
         self._aside: Path | None = None  # where a checkpoint is being written
         self._best_loaded = False  # at the end of the run
@@ -159,16 +170,23 @@ class CPMTrainer(Trainer):
         self.add_callback(BeforeFirstStep(self))
 
     def train(self, *args, **kwargs):
-        """As in Trainer. A signal ends it after a step, with a checkpoint; then `guard.signal` is set. Whatever lies in
-        the checkpoint to resume, no code of it is executed."""
-        self._saved_step = self._result_step = None
+        """As in Trainer. A signal ends it after a step, or while it waits for data, with a checkpoint; then
+        `guard.signal` is set. Whatever lies in the checkpoint to resume, no code of it is executed.
+
+        Raises:
+            UserError, SampleError: of a bad sample, when the checkpoint of the last finished step is saved.
+        """
+        self._saved_step = self._result_step = self._failure = None
         watched = explained(self.guard, self.args, getattr(self.model, "config", None))
         try:
-            with watched, no_code_from_files(self.is_deepspeed_enabled):
-                return super().train(*args, **kwargs)
+            with watched, no_code_from_files(self.is_deepspeed_enabled), _without_word_of_no_sample():
+                result = super().train(*args, **kwargs)
         finally:
             self._end_loaders()
             self.guard.restore_handlers()
+        if self._failure is not None:
+            raise self._failure()
+        return result
 
     def get_train_dataloader(self):
         """As in Trainer; loader processes leave signals to the training process, and end with it. accelerate tells the
@@ -200,10 +218,55 @@ class CPMTrainer(Trainer):
             self._lifeline = None
         vars(self).pop("_eval_dataloaders", None)
 
-    def get_batch_samples(self, *args, **kwargs):
-        batches, items = super().get_batch_samples(*args, **kwargs)
-        self.guard.begin_step(batches)
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, *args, **kwargs):
+        """As in Trainer, when all processes have their batches. Where one has not, over a signal or a bad sample, there
+        are none in any of them: Trainer then ends the epoch, the guard the run, with the checkpoint of the last step.
+        Trainer's own sum over the processes would wait for one that has met an exception."""
+        step = f"the samples of step {self.state.global_step + 1}"
+        fetched = self._fetched(lambda: list(islice(epoch_iterator, num_batches)), "train", step)
+        batches, items = super().get_batch_samples(iter(fetched or ()), num_batches, *args, **kwargs)
+        if batches:
+            self.guard.begin_step(batches)
         return batches, items
+
+    def _fetched(self, take: Callable[[], list], split: str, what: str) -> list | None:
+        """The batches that `take` waits for, in all processes, which agree on it; None in all of them where the run
+        ends instead.
+
+        Args:
+            split: `train` or `eval`.
+            what: the batches are, in words.
+        """
+        if self.guard.leaving:
+            return None
+        batches, error = None, None
+        try:
+            batches = self.guard.fetch(take, what, self._end_loaders)
+        except SampleError as met:
+            error = met
+        bad = [problem for batch in batches or () for problem in batch.get("bad") or ()]
+        if self.bad_samples is not None:
+            bad = self.bad_samples.unknown(split, bad)
+        signalled, bad_anywhere = self.guard.anywhere(bool(bad) or error is not None)
+        if bad_anywhere:
+            self._failure = self._failure_over(split, bad, error)
+        if not signalled and self._failure is None:
+            return batches
+        if self.is_in_train:
+            self.guard.leave(self.state, self.control, self.model)
+        return None
+
+    def _failure_over(
+        self, split: str, bad: Sequence[Problem], error: SampleError | None
+    ) -> Callable[[], Exception] | None:
+        """What makes the error that the run ends with, called when its checkpoint is saved; None: it goes on. All
+        processes must call both."""
+        raised = [message for message in over_processes(error and str(error)) if message]
+        if raised or self.bad_samples is None:
+            message = raised[0] if raised else str(next(filter(None, over_processes(bad)))[0])
+            return lambda: error or UserError(message)
+        ends = self.bad_samples.see(split, bad)
+        return partial(self.bad_samples.error, self.state.global_step) if ends else None
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
@@ -228,6 +291,7 @@ class CPMTrainer(Trainer):
         behind it takes no further one. Trainer (5.17 to 5.24) keeps the flags of the checkpoint, takes a step where the
         last one lies within an epoch, and has no public place before its first step."""
         place = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
+        self._resumed = None if checkpoint is None else Path(checkpoint).resolve()
         self._steps_per_epoch = steps_per_epoch
         self.state.compute_steps(self.args, max_steps)
         if checkpoint is not None:
@@ -259,7 +323,7 @@ class CPMTrainer(Trainer):
         labels = inputs["labels"]
         if self._evaluated is not None:
             kwargs["num_items_in_batch"] = None
-        wrapped = {"data": {name: value for name, value in inputs.items() if name not in ("labels", "ids")}}
+        wrapped = {"data": {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}}
         if self._takes_logits_index:
             wrapped["use_cache"] = False
             if not self._full_logits_wanted:
@@ -345,7 +409,8 @@ class CPMTrainer(Trainer):
         known = isinstance(dataset, SupervisedDataset) or not has_length(dataset)
         self._fill_from = None if known or not self._fills_up else len(dataset)
         try:
-            output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+            taken = Taken(dataloader, self._fetched_to_evaluate)
+            output = super().evaluation_loop(taken, *args, metric_key_prefix=metric_key_prefix, **kwargs)
             if f"{metric_key_prefix}_loss" in output.metrics:
                 output.metrics[f"{metric_key_prefix}_loss"] = _mean_over_processes(self._evaluated)
         finally:
@@ -353,17 +418,35 @@ class CPMTrainer(Trainer):
         if self.predictor is not None and getattr(dataloader, "dataset", None) is self.predictor.dataset:
             start = time.perf_counter()
             with self.accelerator.autocast():
-                answered = self.predictor(self.model, self.is_world_process_zero() and not self.args.disable_tqdm)
-            metrics = {**metrics_of(answered), "generation_seconds": round(time.perf_counter() - start, 2)}
+                show_progress = self.is_world_process_zero() and not self.args.disable_tqdm
+                answered = self.predictor(self.model, show_progress, self._fetched_to_evaluate)
+            scores = metrics_of(answered) if answered else {}  # all of them may be of masked samples
+            metrics = {**scores, "generation_seconds": round(time.perf_counter() - start, 2)}
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-            self._show_answers(answered)
+            if answered:
+                self._show_answers(answered)
         self.guard.evaluating = False
         return output
+
+    def _fetched_to_evaluate(self, take: Callable[[], list]) -> list:
+        """As `_fetched`, for a batch of an evaluation, of which all processes have the same number.
+
+        Raises:
+            EvaluationLeft: in all processes, within training, which a resumed run makes up for.
+            UserError, SampleError: of a bad sample, outside of training.
+        """
+        batches = self._fetched(take, "eval", "the samples of an evaluation")
+        if batches is not None:
+            return batches
+        self.guard.evaluating = False
+        if not self.is_in_train:
+            raise self._failure()
+        raise EvaluationLeft
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """As in Trainer; of evaluations whose answers score the same, the one with the least loss is the best, where
         Trainer keeps the first. A private method, since Trainer has no public place to compare evaluations."""
-        if not metrics:  # of an evaluation that a signal ended
+        if not metrics:  # of an evaluation that was left
             return False
         if super()._determine_best_metric(metrics, trial):
             return True
@@ -460,10 +543,10 @@ class CPMTrainer(Trainer):
         """As in Trainer, but written aside, checked and renamed (see `checkpoints.py`), and once for a step. Overrides
         a private method, since Trainer has no public place around the whole of a save."""
         step = self.state.global_step
-        if step == self._saved_step:
-            return
         run_dir = Path(super()._get_output_dir(trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == self._saved_step or folder.resolve() == self._resumed:
+            return
         needed = partial(lacking, resumable=not self.args.save_only_model)
         with written_aside(folder, self.args.should_save, lacks=needed) as aside:
             self._aside = aside.parent
@@ -523,11 +606,11 @@ class CPMTrainer(Trainer):
         load_extra_tensors(self.model if model is None else model, resume_from_checkpoint)
 
     def _finalize_training(self, *args, **kwargs):
-        """As in Trainer. A run that a signal stopped is not over: its best checkpoint is not loaded, and Trainer does
-        not remove the newest for it. A private method, since Trainer has no public place between its last step and
-        this."""
+        """As in Trainer. A run that a signal or a bad sample stopped is not over: its best checkpoint is not loaded,
+        and Trainer does not remove the newest for it. A private method, since Trainer has no public place between its
+        last step and this."""
         best = self.state.best_model_checkpoint
-        if self.guard.signal:
+        if self.guard.signal or self.guard.leaving:
             self.state.best_model_checkpoint = None
         try:
             return super()._finalize_training(*args, **kwargs)
@@ -541,7 +624,7 @@ class CPMTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """As in Trainer; {} where a signal ended it. A private method, since Trainer goes on with what it returns."""
+        """As in Trainer; {} where it was left. A private method, since Trainer goes on with what it returns."""
         try:
             return super()._evaluate(*args, **kwargs)
         except EvaluationLeft:
@@ -605,6 +688,22 @@ def give_own_rate(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
         outside = [parameter for parameter in group["params"] if id(parameter) not in own]
         groups += [{**group, "params": outside}, {**group, "params": inside, "lr": rate}]
     optimizer.param_groups[:] = [group for group in groups[::2] + groups[1::2] if group["params"]]
+
+
+@contextmanager
+def _without_word_of_no_sample() -> Iterator[None]:
+    """Trainer (5.17 to 5.24) takes an epoch that ends before its first batch for one of an empty data set, and says so;
+    here the run is left, which is said elsewhere. To go when it asks why there is no batch."""
+    logger = logging.getLogger("transformers.trainer")
+    logger.addFilter(_is_no_word_of_no_sample)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_word_of_no_sample)
+
+
+def _is_no_word_of_no_sample(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("There seems not to be a single sample in your epoch_iterator")
 
 
 class BeforeFirstStep(TrainerCallback):

@@ -16,7 +16,8 @@ from conftest import GOLDEN, ROOT
 from PIL import Image
 from transformers import AutoConfig, AutoTokenizer
 
-from finetune.checks import BAD_SAMPLES_NAME, find_problems, leave_out_bad_samples, scan, token_lengths
+from finetune.bad_samples import BAD_SAMPLES_NAME, leave_out_bad_samples
+from finetune.checks import find_problems, scan, token_lengths
 from finetune.dataset import SampleError, SupervisedDataset, load_samples
 from finetune.errors import UserError
 from finetune.trainer import EpochLengthSampler

@@ -248,10 +248,12 @@ def test_data_behind_the_end_is_no_damage(photo, tmp_path):
 
 def test_what_is_no_picture_file(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "device.png").symlink_to("/dev/zero")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "vector.eps").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     causes = {
         "pipe.png": "is no file",
+        "device.png": "is no file",
         "folder.png": "is no file",
         "none.png": "does not exist",
         "nul\0.png": "does not exist",
