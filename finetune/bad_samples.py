@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -147,7 +148,7 @@ def leave_out_bad_samples(
     bad = {}
     for split, dataset in datasets.items():
         bad[split] = problems = find_problems(dataset, decode=True)
-        _check_fraction(problems, 0, len(dataset), max_fraction)
+        _check_fraction(problems, len(problems), len(dataset), max_fraction)
     if resuming:
         for split, problems in bad.items():
             datasets[split].masked.update({problem.index: problem for problem in problems})
@@ -166,27 +167,23 @@ def leave_out_bad_samples(
 def _leave_out_recorded(
     datasets: Mapping[str, SupervisedDataset], recorded: Sequence[Mapping], path: Path, max_fraction: float
 ) -> dict[str, int]:
+    """As `leave_out_bad_samples`, of what the file lists."""
     new, counts = {}, {}
     for split, dataset in datasets.items():
         entries, total = [entry for entry in recorded if entry["split"] == split], len(dataset)
         _check_same_samples(dataset, entries, path)
         left_out = sorted(entry["sample"] for entry in entries if not entry.get("masked"))
+        masked = {
+            entry["sample"] - bisect_left(left_out, entry["sample"]): entry for entry in entries if entry.get("masked")
+        }
         dataset.raw_data = dataset.raw_data.without(left_out)
-        for entry in entries:
-            if entry.get("masked"):
-                index = entry["sample"] - int(np.searchsorted(left_out, entry["sample"]))
-                place = (entry["file"], entry["index"], entry["id"])
-                dataset.masked[index] = Problem(index, *place, entry["cause"])
-        new[split] = [problem for problem in find_problems(dataset) if problem.index not in dataset.masked]
-        known = len(left_out) + len(dataset.masked)
+        dataset.masked.update({index: _problem(index, entry) for index, entry in masked.items()})
+        new[split] = [problem for problem in find_problems(dataset) if problem.index not in masked]
+        for index, entry in masked.items():  # by which processes share the samples, now as before
+            dataset.loads[index] = entry.get("load", 0)
         since = "These samples became unusable since the run began:\n" if new[split] else ""
-        _check_fraction(
-            new[split] or list(dataset.masked.values()),
-            known if new[split] else len(left_out),
-            total,
-            max_fraction,
-            since,
-        )
+        shown_first = new[split] or [_problem(entry["sample"], entry) for entry in entries]
+        _check_fraction(shown_first, len(entries) + len(new[split]), total, max_fraction, since)
         dataset.masked.update({problem.index: problem for problem in new[split]})
         counts[split] = len(left_out)
         _warn_masked(new[split], path)
@@ -194,13 +191,16 @@ def _leave_out_recorded(
     return counts
 
 
-def _check_fraction(problems: Sequence[Problem], others: int, total: int, most: float, since: str = "") -> None:
+def _check_fraction(problems: Sequence[Problem], count: int, total: int, most: float, since: str = "") -> None:
     """
     Args:
-        others: bad samples that are known already.
-        since: what is said first of these.
+        problems: that are listed.
+        count: bad samples, these and others.
+        since: what is said first.
+
+    Raises:
+        UserError: when they are more than `most` of `total`, or all.
     """
-    count = others + len(problems)
     if count > most * total or count == total:
         raise UserError(
             f"{since}{count} of {total} samples ({count / total:.1%}) cannot be used, more than --max_bad_fraction "
@@ -250,9 +250,20 @@ def _pairs(
     return [(split, datasets[split].raw_data.origin(p.index), p) for split, problems in bad.items() for p in problems]
 
 
+def _problem(index: int, entry: Mapping) -> Problem:
+    return Problem(index, entry["file"], entry["index"], entry["id"], entry["cause"], entry.get("tokens", 1))
+
+
 def _entry(split: str, sample: int, problem: Problem) -> dict:
     p = problem
     return {"split": split, "sample": sample, "file": p.file, "index": p.number, "id": _in_json(p.id), "cause": p.cause}
+
+
+def _sizes(dataset: SupervisedDataset, index: int) -> dict:
+    """What the order of the samples and their division among processes follow from, and a picture that is gone does
+    not tell any more."""
+    lengths = {} if dataset.lengths is None else {"tokens": int(dataset.lengths[index])}
+    return {"load": dataset.loads[index].tolist(), **lengths}
 
 
 def _in_json(identity: object) -> object:
@@ -265,7 +276,10 @@ def _record_masked(path: Path, datasets: Mapping[str, SupervisedDataset], bad: M
     Raises:
         UserError: in all of them, when it cannot be read or written.
     """
-    entries = [{**_entry(*one), "masked": True} for one in _pairs(datasets, bad)]
+    entries = [
+        {**_entry(split, sample, problem), "masked": True, **_sizes(datasets[split], problem.index)}
+        for split, sample, problem in _pairs(datasets, bad)
+    ]
 
     def add() -> None:
         if entries or not path.is_file():

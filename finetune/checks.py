@@ -270,4 +270,4 @@ def _tokens_of(dataset: SupervisedDataset, index: int) -> int:
     except ValueError:
         if index not in dataset.masked:
             raise
-        return 1
+        return dataset.masked[index].tokens

@@ -69,6 +69,8 @@ class Problem:
     """in its file"""
     id: object
     cause: str
+    tokens: int = 1
+    """of the sample, where it is masked and its picture tells no more"""
 
     def __str__(self) -> str:
         return f"{self.file + ': ' if self.file else ''}sample {self.number} (id {shown(self.id)}): {self.cause}"

@@ -180,6 +180,17 @@ def test_a_picture_that_breaks_between_two_runs_is_masked(run, data):
     assert losses(folder)[:4] == before and len(losses(folder)) == 8
 
 
+def test_a_picture_that_is_gone_leaves_the_order_by_length_as_it_was(run, data, tmp_path):
+    grouped = (*SKIP, "--train_sampling_strategy", "group_by_length", "--save_strategy", "steps", "--save_steps", 4)
+    unbroken = run("unbroken", data, *grouped, after_checks=lambda: gone(data.with_name("9.png")))
+    assert record(unbroken) == [("train", 9, "s9", True)]
+    shutil.copytree(unbroken, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    folder = run("out", data, *grouped, "--resume_from_checkpoint", "true")
+    assert len(losses(folder)) == 8 and losses(folder) == losses(unbroken)
+
+
 def test_a_record_of_other_data_is_not_applied(run, data, tmp_path):
     damage(data, 9)
     run("out", data, *SKIP, "--save_strategy", "steps", "--save_steps", 4, "--max_steps", 4)
