@@ -123,7 +123,11 @@ class BadSamples:
 
 
 def leave_out_bad_samples(
-    datasets: Mapping[str, SupervisedDataset], output_dir: str, max_fraction: float, resuming: bool
+    datasets: Mapping[str, SupervisedDataset],
+    output_dir: str,
+    max_fraction: float,
+    resuming: bool,
+    before_writing: Callable[[], None] | None = None,
 ) -> dict[str, int]:
     """Takes every sample that training could not use out of the data sets, and lists them in `bad_samples.jsonl`.
 
@@ -134,6 +138,7 @@ def leave_out_bad_samples(
     Args:
         datasets: by the name that the file gives them: `train`, `eval`.
         max_fraction: of the samples of each, 0 to 1.
+        before_writing: called by all processes when the data are known to be usable.
 
     Returns:
         how many were left out of each.
@@ -141,14 +146,16 @@ def leave_out_bad_samples(
     Raises:
         UserError: when over `max_fraction` of the samples, or all of them, are bad; when the file is of other data.
     """
+    before_writing = before_writing or (lambda: None)
     path = Path(output_dir) / BAD_SAMPLES_NAME
     recorded = _from_first_process(lambda: _read(path) if resuming and path.is_file() else None)
     if recorded is not None:
-        return _leave_out_recorded(datasets, recorded, path, max_fraction)
+        return _leave_out_recorded(datasets, recorded, path, max_fraction, before_writing)
     bad = {}
     for split, dataset in datasets.items():
         bad[split] = problems = find_problems(dataset, decode=True)
         _check_fraction(problems, len(problems), len(dataset), max_fraction)
+    before_writing()
     if resuming:
         for split, problems in bad.items():
             datasets[split].masked.update({problem.index: problem for problem in problems})
@@ -165,7 +172,11 @@ def leave_out_bad_samples(
 
 
 def _leave_out_recorded(
-    datasets: Mapping[str, SupervisedDataset], recorded: Sequence[Mapping], path: Path, max_fraction: float
+    datasets: Mapping[str, SupervisedDataset],
+    recorded: Sequence[Mapping],
+    path: Path,
+    max_fraction: float,
+    before_writing: Callable[[], None],
 ) -> dict[str, int]:
     """As `leave_out_bad_samples`, of what the file lists."""
     new, counts = {}, {}
@@ -187,6 +198,7 @@ def _leave_out_recorded(
         dataset.masked.update({problem.index: problem for problem in new[split]})
         counts[split] = len(left_out)
         _warn_masked(new[split], path)
+    before_writing()
     _record_masked(path, datasets, new)
     return counts
 

@@ -13,7 +13,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -137,15 +137,12 @@ def _train(
         flags = vars(model_args) | vars(args) | vars(lora_args)
         problems = [*_resume_problems(checkpoint, args), *schedule_problems(recorded_flags(checkpoint), args)]
         _stop_on(problems or fit_problems(checkpoint, planned, args, flags), "These settings cannot work:")
-    datasets, left_out = _load_data(data_args, args, config, tokenizer, resuming=checkpoint is not None)
+    make_way = partial(_make_way, checkpoint, args)
+    datasets, left_out = _load_data(data_args, args, config, tokenizer, checkpoint is not None, make_way)
     train_dataset, eval_dataset = datasets["train"], datasets.get("eval")
     _keep_to_shared_memory(args, config, datasets)
     if checkpoint is not None:
         _compare_steps(checkpoint, args, len(train_dataset))
-    if checkpoint is not None and args.should_save:
-        set_newer_aside(checkpoint, args.output_dir)
-    elif args.overwrite_output_dir and args.should_save:
-        set_checkpoints_aside(args.output_dir, result=True)
     transformers.set_seed(args.seed)
     try:
         with explained(None, args, config):
@@ -458,11 +455,33 @@ def _trained_twice(model: torch.nn.Module) -> list[str]:
     ]
 
 
+def _make_way(checkpoint: str | None, args: TrainingArguments) -> None:
+    """Move aside what lies in the output folder and is not what this run goes on from; all processes must call it."""
+    problems = []
+    try:
+        if checkpoint is not None and args.should_save:
+            set_newer_aside(checkpoint, args.output_dir)
+        elif args.overwrite_output_dir and args.should_save:
+            set_checkpoints_aside(args.output_dir, result=True)
+    except OSError as error:
+        problems.append(f"--output_dir {args.output_dir}: what an earlier run left cannot be moved aside: {error}")
+    _stop_on(problems, "These settings cannot work:")
+
+
 def _load_data(
-    data_args: DataArguments, args: TrainingArguments, config: MiniCPMVConfig, tokenizer, resuming: bool
+    data_args: DataArguments,
+    args: TrainingArguments,
+    config: MiniCPMVConfig,
+    tokenizer,
+    resuming: bool,
+    make_way: Callable[[], None],
 ) -> tuple[dict[str, SupervisedDataset], dict[str, int]]:
     """The data sets `train` and, with evaluation, `eval`, all of whose samples can be used, and how many were left
-    out of each."""
+    out of each.
+
+    Args:
+        make_way: called when the data can be used, before anything is written into the output folder.
+    """
     paths = {"train": data_args.data_path}
     if data_args.eval_data_path and args.eval_strategy == "no":
         logger.warning("--eval_data_path is not used: --eval_strategy is no")
@@ -489,11 +508,14 @@ def _load_data(
     }
     left_out, problems = {}, []
     if data_args.bad_samples == "skip":
-        left_out = leave_out_bad_samples(datasets, args.output_dir, data_args.max_bad_fraction, resuming)
+        limits = (args.output_dir, data_args.max_bad_fraction)
+        left_out = leave_out_bad_samples(datasets, *limits, resuming, before_writing=make_way)
     else:
         problems = [problem for dataset in datasets.values() for problem in find_problems(dataset)]
     warn_of_remarks(datasets.values())
     _stop_on(problems, "These samples cannot be used (--bad_samples skip would leave them out):")
+    if data_args.bad_samples != "skip":
+        make_way()
     if args.train_sampling_strategy == "group_by_length":
         datasets["train"].lengths = token_lengths(datasets["train"])
     batch, found = args.train_batch_size * args.world_size, len(datasets["train"])

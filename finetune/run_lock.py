@@ -29,6 +29,7 @@ logger = logging.getLogger("finetune")
 LOCK = "_running.json"  # which uploads to the hub leave out, as all names with "_" in front
 SIGN_OF_LIFE = 15.0  # seconds
 PATIENCE = 45.0  # seconds after which a run of another machine that gave none is over
+DYING = 4.0  # seconds that a killed process may take to be gone
 MOST_BYTES = 4096
 
 _held: set[str] = set()  # files that this process holds, to which its own locks would give way
@@ -73,29 +74,37 @@ class _Lock:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.key = os.path.realpath(path)
-        self.file = _opened(path)
-        try:
-            self._take()
-        except BaseException:
-            os.close(self.file)
-            raise
+        while True:
+            self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            try:
+                self._take()
+            except BaseException:
+                os.close(self.file)
+                raise
+            if self._is_in_place():
+                break
+            os.close(self.file)  # of a run that has ended meanwhile, and removed it
         _held.add(self.key)
         self._over = threading.Event()
         threading.Thread(target=self._give_signs, daemon=True).start()
 
     def _take(self) -> None:
-        free = _locked(self.file)
-        found = _record(self.file)
-        if found and (not free or self.key in _held or self._is_alive(found)):
-            raise UserError(
-                f"another run works there: {_described(found)}. Wait for its end or stop it, or name another folder"
-            )
-        if not free:
-            raise UserError("another run begins there just now; name another folder")
-        if found:
+        end = time.monotonic() + DYING
+        while (other := self._holder()) and self.key not in _held and time.monotonic() < end:
+            time.sleep(DYING / 20)
+        if other:
+            raise UserError(f"{other}. Wait for its end or stop it, or name another folder")
+        if found := _record(self.file):
             logger.warning("%s: taken over from a run that was killed: %s", self.path, _described(found))
         os.ftruncate(self.file, 0)
         os.pwrite(self.file, json.dumps({**_own(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}).encode(), 0)
+
+    def _holder(self) -> str | None:
+        """Who works in the folder, in words; None: nobody."""
+        free, found = _locked(self.file), _record(self.file)
+        if found and (not free or self.key in _held or self._is_alive(found)):
+            return f"another run works there: {_described(found)}"
+        return None if free else "another run begins there just now"
 
     def _is_alive(self, found: dict) -> bool:
         own = _own()
@@ -119,25 +128,19 @@ class _Lock:
             with suppress(OSError):
                 os.utime(self.path)
 
+    def _is_in_place(self) -> bool:
+        with suppress(OSError):
+            return os.path.samestat(self.path.stat(), os.fstat(self.file))
+        return False
+
     def release(self) -> None:
         """Give the folder free."""
         self._over.set()
         _held.discard(self.key)
         with suppress(OSError):
-            if os.path.samestat(self.path.stat(), os.fstat(self.file)):
+            if self._is_in_place():
                 self.path.unlink()
         os.close(self.file)
-
-
-def _opened(path: Path) -> int:
-    """The file, open, that has this name once it is locked: the run that held it may have removed it meanwhile."""
-    while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        _locked(file)
-        with suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file)):
-                return file
-        os.close(file)
 
 
 def _locked(file: int) -> bool:

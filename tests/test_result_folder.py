@@ -63,6 +63,23 @@ def test_a_result_is_not_written_over_or_beside_another(first, second, call, tmp
     load_finetuned(folder)
 
 
+def test_the_record_of_bad_samples_is_the_new_runs(call, tmp_path, capsys):
+    """Whose data are looked at first: refused data move nothing."""
+    folder = tmp_path / "out"
+    train(call("lora", "--bad_samples", "skip"))
+    (folder / "bad_samples.jsonl").write_text('{"of": "before"}\n')
+    before = contents(folder)
+    bad = tmp_path / "bad.json"
+    bad.write_text(json.dumps([{"id": 0, "image": "gone.png", "conversations": []}]))
+    for flag in ("skip", "fail"):
+        words = call("lora", "--data_path", bad, "--overwrite_output_dir", "true", "--bad_samples", flag)
+        assert outcome(train, words, capsys)[0] == 1 and contents(folder) == before
+    train(call("lora", "--bad_samples", "skip", "--overwrite_output_dir", "true"))
+    assert (folder / "bad_samples.jsonl").read_text() == ""
+    (aside,) = folder.glob("_earlier-*/bad_samples.jsonl")
+    assert aside.read_text() == '{"of": "before"}\n'
+
+
 def test_a_run_that_goes_on_replaces_its_own_result(call, tmp_path):
     folder = tmp_path / "out"
     train(call("lora", "--save_strategy", "steps", "--save_steps", 1))

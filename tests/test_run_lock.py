@@ -32,6 +32,11 @@ with only_run_in({folder!r}, takes=True):
 """
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch) -> None:
+    monkeypatch.setattr(run_lock, "DYING", 0.4)
+
+
 def holder(folder: Path, seconds: float = 600) -> subprocess.Popen:
     """Another process that holds a folder."""
     program = HOLD.format(root=str(ROOT), folder=str(folder), seconds=seconds)
@@ -72,6 +77,14 @@ def test_a_killed_run_is_taken_over_though_its_parent_has_not_noticed(tmp_path, 
         assert record(tmp_path)["process"] == os.getpid()
     assert f"process {other.pid} on" in caplog.text and "taken over" in caplog.text
     other.wait()
+
+
+def test_a_run_that_is_being_killed_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_lock, "DYING", 60)
+    other = holder(tmp_path, seconds=1)  # which releases it a moment later
+    with only_run_in(tmp_path, takes=True):
+        assert record(tmp_path)["process"] == os.getpid()
+    assert other.wait() == 0
 
 
 def test_a_number_that_another_process_has_now_is_no_run(tmp_path):
