@@ -16,11 +16,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
 from torch import nn
 
 from finetune.checkpoints import written_aside
@@ -36,7 +37,8 @@ from finetune.loading import (
     read_record,
     trained_slices,
 )
-from finetune.model_card import CARD, write_card
+from finetune.model_card import write_card
+from finetune.model_folder import ADAPTER_FILES, empty_adapter, empty_model
 from finetune.places import at_home
 from finetune.reporting import settings_record, write_settings
 from finetune.result_folder import lacking_in_result
@@ -179,30 +181,34 @@ class Adapters:
             raise ValueError(f"{folder} is not empty; nothing is overwritten, name another folder")
         base = Path(self.model.get_base_model().name_or_path)
         self.model.peft_config[name].base_model_name_or_path = str(base.resolve() if base.is_dir() else base)
-        names = self._names_alone(name)
+        config = replace(self.model.peft_config[name], inference_mode=True)
         with written_aside(folder, writes=True, into=True, lacks=lacking_in_result) as aside:
-            self.model.save_pretrained(aside, selected_adapters=[name])
-            if (aside / name).is_dir():  # where peft puts all but one that is called "default"
-                for file in (aside / name).iterdir():
-                    os.replace(file, aside / file.name)
-                (aside / name).rmdir()
+            config.save_pretrained(str(aside))
+            alone = empty_adapter(empty_model(self.model.get_base_model().config), aside)
+            save_file(self._matrices(name, alone), aside / ADAPTER_FILES[0], metadata={"format": "pt"})
+            names = {WRAPPERS.sub("", place): place for place, _ in alone.named_parameters()}
             extra = {names[place]: tensor.to("cpu", copy=True) for place, tensor in self._extra[name].items()}
             torch.save(extra, aside / EXTRA_WEIGHTS_NAME)
             self.tokenizer.save_pretrained(aside)
             write_settings(self._settings[name], aside)
-            (aside / CARD).unlink(missing_ok=True)  # peft's form
             write_card(aside, folder.name, history=())
 
-    def _names_alone(self, name: str) -> dict[str, str]:
-        """Names of parameters in a PeftModel that has this adapter alone, by their places."""
-        wrapped = {
-            path for path, layer in self.model.named_modules() if isinstance(layer, LoraLayer) and name in layer.r
+    def _matrices(self, name: str, alone: PeftModel) -> dict[str, torch.Tensor]:
+        """What peft saves of an adapter, by its names there.
+
+        Args:
+            alone: a model without values that has this adapter alone: of several, peft (0.21) leaves out tensors in
+                whose names that of another adapter is, such as "llm".
+        """
+        own = re.compile(rf"\.(lora_\w+|modules_to_save)\.{name}(?=\.|$)")
+        state = {
+            own.sub(rf".\1.{alone.active_adapter}", key): tensor.detach().cpu().contiguous()
+            for key, tensor in self.model.state_dict().items()
+            if own.search(key)
         }
-        names = {}
-        for place in self._places:
-            module, _, parameter = place.rpartition(".")
-            names[place] = f"{module}.base_layer.{parameter}" if module in wrapped else place
-        return names
+        return get_peft_model_state_dict(
+            alone, state_dict=state, adapter_name=alone.active_adapter, save_embedding_layers=False
+        )
 
     def _combined_settings(self, weights: Mapping[str, float], slices: int) -> dict:
         """What `training_settings.json` says of a combination: what its parts agree on, and which they are."""

@@ -119,8 +119,7 @@ def find_best(state: TrainerState, args: TrainingArguments, checkpoint: str | os
     metric = args.metric_for_best_model and f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
     if metric is None:
         return
-    parent = Path(checkpoint).parent
-    parent = Path(args.output_dir) if _same_folder(parent, args.output_dir) else parent
+    parent = run_folder(checkpoint, args)
     folders = {step: Path(folder) for step, folder in checkpoint_steps(parent).items()}
     found = {entry["step"]: entry[metric] for entry in state.log_history if metric in entry}
     whole = {step for step in found if step in folders and fault(folders[step]) is None}
@@ -142,5 +141,8 @@ def find_best(state: TrainerState, args: TrainingArguments, checkpoint: str | os
     state.best_model_checkpoint = str(folders[best]) if best in usable else None
 
 
-def _same_folder(left: str | os.PathLike, right: str | os.PathLike) -> bool:
-    return os.path.realpath(left) == os.path.realpath(right)
+def run_folder(checkpoint: str | os.PathLike, args: TrainingArguments) -> Path:
+    """Where the checkpoints of the run so far are, spelled as `--output_dir` is, where it is that: by this spelling
+    Trainer knows the one that it must not remove."""
+    folder, output_dir = Path(checkpoint).absolute().parent, Path(args.output_dir)
+    return output_dir if output_dir.is_dir() and output_dir.samefile(folder) else folder

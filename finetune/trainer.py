@@ -58,7 +58,7 @@ from finetune.model_card import CARD, is_edited, write_card
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
 from finetune.result_folder import lacking_in_result
-from finetune.resume import apply_settings, find_best, settings_of_groups
+from finetune.resume import apply_settings, find_best, run_folder, settings_of_groups
 from finetune.safe_files import no_code_from_files
 from finetune.waiting import Taken
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
@@ -639,8 +639,11 @@ class CPMTrainer(Trainer):
         if not every or not step or step % every or step < delay:
             return
         logged = chain.from_iterable(entry for entry in self.state.log_history if entry["step"] == step)
-        if not any(name.startswith("eval_") for name in logged):
-            self._determine_best_metric(self._evaluate(None, None), None)
+        if any(name.startswith("eval_") for name in logged):
+            return
+        if self._determine_best_metric(self._evaluate(None, None), None):
+            best = run_folder(self._resumed, args) / self._resumed.name
+            self.state.best_model_checkpoint = str(best)  # Trainer names it where it saves, which was before
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

@@ -285,6 +285,16 @@ def test_settings_of_a_combination(written):
     assert resolved["slicing"]["max_slice_nums"] == 9
 
 
+def test_names_of_adapters_that_are_parts_of_tensors_names(folders, tmp_path):
+    """peft takes tensors with the name of another adapter in theirs for that adapter's."""
+    adapters = load_adapters({"llm": folders["food"], "q_proj": folders["signs"]})
+    adapters.combine({"llm": 0.5, "q_proj": 0.5}, "layers")
+    for name in ("llm", "q_proj", "layers"):
+        adapters.switch(name)
+        adapters.save(name, tmp_path / name)
+        torch.testing.assert_close(logits(*load_finetuned(tmp_path / name)), now(adapters), atol=1e-5, rtol=1e-5)
+
+
 def test_nothing_is_overwritten_by_saving(folders, tmp_path):
     adapters = load_adapters(some(folders, "signs"))
     (tmp_path / "full").mkdir()

@@ -232,6 +232,25 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_start(gone, risen, tiny, 
     assert state["best_global_step"] == best and state["best_metric"] == found[best]
 
 
+def test_an_evaluation_that_is_made_up_for_can_be_the_best(risen, tiny, data_file, tmp_path):
+    """A signal stopped the run behind the checkpoint of step 1, before the evaluation that was due."""
+    folder = tmp_path / "out"
+    shutil.copytree(risen, folder)
+    for later in (2, 3):
+        shutil.rmtree(folder / f"checkpoint-{later}")
+    path = folder / "checkpoint-1" / "trainer_state.json"
+    state = json.loads(path.read_text())
+    state["log_history"] = [entry for entry in state["log_history"] if "eval_loss" not in entry]
+    path.write_text(json.dumps({**state, **dict.fromkeys([name for name in state if name.startswith("best_")])}))
+    (path.parent / "complete.json").unlink()  # which has its size
+    flags = ("--eval_data_path", data_file, *BEST, "--max_steps", 3, "--save_total_limit", 1)
+    run(folder, tiny, data_file, *flags, "--resume_from_checkpoint", "true")
+    assert json.loads((folder / "trainer_state.json").read_text())["best_global_step"] == 1
+    best = load_file(risen / "checkpoint-1" / "adapter_model.safetensors")
+    result = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in best.items())
+
+
 def test_evaluations_before_the_resume_count_where_the_best_is_asked_for_then(risen, tiny, data_file, tmp_path):
     folder = tmp_path / "out"
     shutil.copytree(risen, folder)
