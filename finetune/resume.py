@@ -17,7 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import SchedulerType, TrainerState, TrainingArguments
 
-from finetune.checkpoints import checkpoint_steps, fault
+from finetune.checkpoints import STATE, checkpoint_steps, fault
 from finetune.errors import is_main_of_node, over_processes
 from finetune.loading import SETTINGS_NAME, read_record
 
@@ -125,6 +125,10 @@ def find_best(state: TrainerState, args: TrainingArguments, checkpoint: str | os
     whole = {step for step in found if step in folders and fault(folders[step]) is None}
     usable = set.intersection(*over_processes(whole))
     step, value = state.best_global_step, state.best_metric
+    recorded = state.best_model_checkpoint  # None where there is no such folder
+    if step not in usable and all(over_processes(_is_best(recorded, step, value, metric))):
+        folders[step] = Path(recorded)  # of a run that went on in another folder
+        usable.add(step)
     # Without --load_best_model_at_end evaluations may come at steps that have no checkpoint.
     lost = args.load_best_model_at_end and step not in usable
     if lost or (step is not None and found.get(step) != value):
@@ -139,6 +143,14 @@ def find_best(state: TrainerState, args: TrainingArguments, checkpoint: str | os
         logger.warning("the best checkpoint so far is %s", folders[step])
     best = state.best_global_step
     state.best_model_checkpoint = str(folders[best]) if best in usable else None
+
+
+def _is_best(folder: str | None, step: int | None, value: float | None, metric: str) -> bool:
+    """Whether a folder is the checkpoint of the best step: another run may have written one of the same name."""
+    if folder is None or fault(Path(folder)) is not None:
+        return False
+    history = read_record(Path(folder, STATE)).get("log_history", ())
+    return any(entry.get("step") == step and entry.get(metric) == value for entry in history)
 
 
 def run_folder(checkpoint: str | os.PathLike, args: TrainingArguments) -> Path:

@@ -42,7 +42,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from finetune.bad_samples import BadSamples
-from finetune.checkpoints import copy_processor, lacking, written_aside
+from finetune.checkpoints import copy_processor, fault, lacking, written_aside
 from finetune.dataset import Problem, Repeated, SampleError, SupervisedDataset, data_collator
 from finetune.errors import UserError, over_processes
 from finetune.flags import NOT_FOR_THE_TRAINER, REFUSED
@@ -62,6 +62,8 @@ from finetune.resume import apply_settings, find_best, run_folder, settings_of_g
 from finetune.safe_files import no_code_from_files
 from finetune.waiting import Taken
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
+
+logger = logging.getLogger("finetune")
 
 FUSED_BIAS = re.compile(r"\.(in_proj_bias|qkv\.bias)$")  # of queries, keys and values
 VISION_TOWER = re.compile(r"(^|\.)vpm\.")
@@ -610,12 +612,19 @@ class CPMTrainer(Trainer):
         and Trainer does not remove the newest for it. A private method, since Trainer has no public place between its
         last step and this."""
         best = self.state.best_model_checkpoint
-        if self.guard.signal or self.guard.leaving:
+        if self.guard.signal or self.guard.leaving or (best is not None and not self._can_be_loaded(best)):
             self.state.best_model_checkpoint = None
         try:
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.state.best_model_checkpoint = best
+
+    def _can_be_loaded(self, best: str) -> bool:
+        """Whether the best checkpoint is still there for all processes; a warning where it is not."""
+        why = next(filter(None, over_processes(fault(Path(best)))), None)
+        if why is not None and self.args.load_best_model_at_end:
+            logger.warning("the best checkpoint, %s, cannot be loaded (%s): the last step is the result", best, why)
+        return why is None
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """As in Trainer; without the mean loss of no step, where a finished run was resumed."""

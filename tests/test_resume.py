@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from conftest import ROOT, launch, losses, outcome
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from finetune.finetune import train
+from finetune.trainer import CPMTrainer
 
 SAVED = 4  # steps of the run that is gone on with
 FLAGS = (
@@ -219,6 +222,9 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_start(gone, risen, tiny, 
     """Or that is not whole; the best of the others takes its place."""
     folder = tmp_path / "out"
     shutil.copytree(risen, folder)
+    for file in folder.rglob("trainer_state.json"):  # the original is gone as well
+        file.write_text(file.read_text().replace(str(risen), str(tmp_path / "gone")))
+        (file.parent / "complete.json").unlink(missing_ok=True)  # which has its size
     if gone:
         shutil.rmtree(folder / "checkpoint-1")
     else:
@@ -230,6 +236,43 @@ def test_a_best_checkpoint_that_is_gone_is_said_at_the_start(gone, risen, tiny, 
     assert "of step 1, is not in" in caplog.text
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["best_global_step"] == best and state["best_metric"] == found[best]
+
+
+def test_a_run_that_goes_on_elsewhere_keeps_its_best(risen, tiny, data_file, tmp_path):
+    """It stays where it was written, twice; a checkpoint of the same name of another run is not taken for it."""
+    folder, flags = tmp_path / "out", ("--eval_data_path", data_file, *BEST)
+    run(folder, tiny, data_file, *flags, "--max_steps", 4, "--resume_from_checkpoint", risen / "checkpoint-3")
+    run(folder, tiny, data_file, *flags, "--max_steps", 5, "--resume_from_checkpoint", "true")
+    best = load_file(risen / "checkpoint-1" / "adapter_model.safetensors")
+    result = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in best.items())
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut off"])
+def test_a_best_checkpoint_that_goes_during_the_run_is_said(damage, risen, tiny, data_file, tmp_path, caplog):
+    folder = tmp_path / "out"
+    shutil.copytree(risen, folder)
+
+    class Damage(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            if damage == "removed":
+                shutil.rmtree(folder / "checkpoint-1")
+            else:
+                (folder / "checkpoint-1" / "adapter_model.safetensors").write_bytes(b"")
+
+    before = CPMTrainer.__init__
+
+    def init(self, *args, **kwargs):
+        before(self, *args, **kwargs)
+        self.add_callback(Damage())
+
+    with mock.patch.object(CPMTrainer, "__init__", init):
+        flags = ("--eval_data_path", data_file, *BEST, "--max_steps", 4, "--resume_from_checkpoint", "true")
+        run(folder, tiny, data_file, *flags)
+    assert "checkpoint-1, cannot be loaded" in caplog.text and "the last step is the result" in caplog.text
+    last = load_file(folder / "checkpoint-4" / "adapter_model.safetensors")
+    result = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(result[name], tensor) for name, tensor in last.items())
 
 
 def test_an_evaluation_that_is_made_up_for_can_be_the_best(risen, tiny, data_file, tmp_path):
