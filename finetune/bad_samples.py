@@ -127,7 +127,7 @@ def leave_out_bad_samples(
     output_dir: str,
     max_fraction: float,
     resuming: bool,
-    before_writing: Callable[[], None] | None = None,
+    before_writing: Callable[[], None] = lambda: None,
 ) -> dict[str, int]:
     """Takes every sample that training could not use out of the data sets, and lists them in `bad_samples.jsonl`.
 
@@ -146,7 +146,6 @@ def leave_out_bad_samples(
     Raises:
         UserError: when over `max_fraction` of the samples, or all of them, are bad; when the file is of other data.
     """
-    before_writing = before_writing or (lambda: None)
     path = Path(output_dir) / BAD_SAMPLES_NAME
     recorded = _from_first_process(lambda: _read(path) if resuming and path.is_file() else None)
     if recorded is not None:

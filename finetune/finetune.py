@@ -474,7 +474,7 @@ def _load_data(
     config: MiniCPMVConfig,
     tokenizer,
     resuming: bool,
-    make_way: Callable[[], None],
+    make_way: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, SupervisedDataset], dict[str, int]]:
     """The data sets `train` and, with evaluation, `eval`, all of whose samples can be used, and how many were left
     out of each.

@@ -71,8 +71,9 @@ class _Lock:
     """
 
     def __init__(self, path: Path):
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self.made_folder = not path.parent.exists()
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.key = os.path.realpath(path)
         while True:
             self.file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -140,6 +141,8 @@ class _Lock:
         with suppress(OSError):
             if self._is_in_place():
                 self.path.unlink()
+                if self.made_folder:
+                    self.path.parent.rmdir()  # where the run has left nothing
         os.close(self.file)
 
 

@@ -81,7 +81,7 @@ def record(folder: Path) -> list[tuple]:
     return [(e["split"], e["sample"], e["id"], e.get("masked", False)) for e in map(json.loads, lines)]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_bad_picture_ends_the_run_with_a_checkpoint_and_the_command_that_goes_on(run, data, workers, tmp_path):
     """The losses of the run that was ended and gone on with are those of one in which the sample is masked."""
     with pytest.raises(UserError) as caught:
@@ -137,7 +137,7 @@ def decoder_fails(path: Path) -> None:
     path.write_bytes(b"BM" + b"\xff" * 60)
 
 
-@pytest.mark.parametrize("breaks", [gone, fifo, decoder_fails])
+@pytest.mark.parametrize("breaks", [gone, pytest.param(fifo, marks=pytest.mark.slow), decoder_fails])
 def test_a_bad_picture_is_masked_listed_and_counted(breaks, run, data, caplog):
     folder = run("out", data, *SKIP, "--max_steps", 18, after_checks=lambda: breaks(data.with_name("9.png")))
     assert record(folder) == [("train", 9, "s9", True)]
@@ -211,7 +211,7 @@ def test_a_record_of_other_data_is_not_applied(run, data, tmp_path):
 EVALUATION = ("--eval_strategy", "steps", "--eval_steps", 2, "--per_device_eval_batch_size", 4)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_bad_picture_in_an_evaluation(run, data, data_file, workers, tmp_path):
     """The checkpoint of the step is saved first; masked, it counts nothing."""
     flags = ("--eval_data_path", data, *EVALUATION, "--max_steps", 4)

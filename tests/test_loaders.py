@@ -115,7 +115,7 @@ SLOW = [(end, seconds) for end in ("raise ValueError", "os._exit(3)") for second
 @pytest.mark.parametrize(
     ("end", "seconds"),
     [
-        ("", 0),
+        pytest.param("", 0, marks=pytest.mark.slow),
         ("os.kill(os.getpid(), signal.SIGKILL)", 3600),
         *(pytest.param(*values, marks=pytest.mark.slow) for values in SLOW),
     ],
@@ -129,6 +129,7 @@ def test_loader_processes_end_with_the_process(end, seconds, tmp_path):
     assert len(pids) == 2 and gone(pids)
 
 
+@pytest.mark.slow
 def test_persistent_loader_processes_end_with_the_run(tiny, data_file, tmp_path):
     """The program itself, with an evaluation, whose loader stays as well."""
     flags = ("--dataloader_persistent_workers", "true", "--eval_strategy", "steps", "--eval_steps", 1)

@@ -42,7 +42,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-@pytest.mark.parametrize(("first", "second"), [("lora", "full"), ("full", "lora"), ("lora", "lora")])
+@pytest.mark.parametrize(("first", "second"), [("lora", "full"), pytest.param("full", "lora", marks=pytest.mark.slow)])
 def test_a_result_is_not_written_over_or_beside_another(first, second, call, tmp_path, capsys):
     """Nor by another model. It is moved aside where the user says so, with all that belongs to it."""
     folder = tmp_path / "out"

@@ -68,7 +68,11 @@ def optimizer_settings(checkpoint: Path) -> list[dict]:
     return [{name: value for name, value in group.items() if name != "params"} for group in groups]
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "polynomial", "constant_with_warmup", "inverse_sqrt"])
+SCHEDULES = ["cosine", "polynomial"]
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("linear", "constant_with_warmup", "inverse_sqrt")]
+
+
+@pytest.mark.parametrize("schedule", [*SCHEDULES, *OTHERS])
 def test_a_finished_run_is_extended_at_the_rates_of_an_unbroken_one(schedule, gone_on, tiny, data_file, tmp_path):
     flags = ("--max_steps", 8, "--lr_scheduler_type", schedule)
     run(tmp_path / "unbroken", tiny, data_file, *flags, "--save_strategy", "no")
@@ -188,7 +192,7 @@ def risen(tiny, data_file, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", ["moved", "copied", "named", "spelled"])
+@pytest.mark.parametrize("how", ["moved", "copied", "spelled", pytest.param("named", marks=pytest.mark.slow)])
 def test_the_best_checkpoint_is_found_where_it_now_is(how, risen, tiny, data_file, tmp_path, monkeypatch):
     """And is kept, though one checkpoint is to be left."""
     original, folder = tmp_path / "before" / "out", tmp_path / "after"

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, outcome
+from conftest import outcome
 
 from finetune import run_lock
 from finetune.errors import UserError
@@ -22,14 +20,6 @@ FLAGS = (
     *("--batch_size", 2, "--max_steps", 1, "--max_slice_nums", 1, "--report_to", "none", "--disable_tqdm", "true"),
     *("--dataloader_num_workers", 0, "--save_strategy", "no", "--use_lora", "true", "--lora_r", 4),
 )
-HOLD = """
-import sys, time
-sys.path.insert(0, {root!r})
-from finetune.run_lock import only_run_in
-with only_run_in({folder!r}, takes=True):
-    print("holds", flush=True)
-    time.sleep({seconds})
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -37,11 +27,19 @@ def impatient(monkeypatch) -> None:
     monkeypatch.setattr(run_lock, "DYING", 0.4)
 
 
-def holder(folder: Path, seconds: float = 600) -> subprocess.Popen:
+def holder(folder: Path, seconds: float = 600) -> multiprocessing.Process:
     """Another process that holds a folder."""
-    program = HOLD.format(root=str(ROOT), folder=str(folder), seconds=seconds)
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "holds\n"
+    context = multiprocessing.get_context("fork")
+    holds = context.Event()
+
+    def hold() -> None:
+        with only_run_in(folder, takes=True):
+            holds.set()
+            time.sleep(seconds)
+
+    process = context.Process(target=hold, daemon=True)
+    process.start()
+    assert holds.wait(60)
     return process
 
 
@@ -60,7 +58,7 @@ def test_a_second_run_is_refused_before_anything_is_touched(tiny, data_file, tmp
         assert line.startswith(f"--output_dir {folder}: ") and f"process {other.pid} on {os.uname().nodename}" in line
         assert [path.name for path in folder.iterdir()] == [LOCK]
         other.kill()
-        other.wait()
+        other.join()
         train([str(word) for word in (*needed, *FLAGS)])  # at once
         assert not (folder / LOCK).exists() and (folder / "adapter_model.safetensors").exists()
     finally:
@@ -76,7 +74,7 @@ def test_a_killed_run_is_taken_over_though_its_parent_has_not_noticed(tmp_path, 
     with only_run_in(tmp_path, takes=True):
         assert record(tmp_path)["process"] == os.getpid()
     assert f"process {other.pid} on" in caplog.text and "taken over" in caplog.text
-    other.wait()
+    other.join()
 
 
 def test_a_run_that_is_being_killed_is_waited_for(tmp_path, monkeypatch):
@@ -84,7 +82,8 @@ def test_a_run_that_is_being_killed_is_waited_for(tmp_path, monkeypatch):
     other = holder(tmp_path, seconds=1)  # which releases it a moment later
     with only_run_in(tmp_path, takes=True):
         assert record(tmp_path)["process"] == os.getpid()
-    assert other.wait() == 0
+    other.join()
+    assert other.exitcode == 0
 
 
 def test_a_number_that_another_process_has_now_is_no_run(tmp_path):
@@ -136,6 +135,18 @@ def test_the_file_lives_as_long_as_the_run(tmp_path, monkeypatch):
         assert record(tmp_path)["process"] == os.getpid()
         raise ValueError("mine")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_was_left_is_removed(tmp_path):
+    for left in (False, True):
+        with pytest.raises(UserError), only_run_in(tmp_path / "new", takes=True):
+            (tmp_path / "new" / "mine").touch() if left else None
+            raise UserError
+        assert (tmp_path / "new").exists() == left
+    (tmp_path / "mine").mkdir()
+    with only_run_in(tmp_path / "mine", takes=True):
+        pass
+    assert (tmp_path / "mine").exists()
 
 
 def test_a_process_that_writes_nothing_takes_nothing(tmp_path):

@@ -111,7 +111,7 @@ def test_a_fifo_that_nobody_writes_to(tmp_path):
     assert newest_complete(tmp_path / "out") == str(tmp_path / "out" / "checkpoint-2")
 
 
-@pytest.mark.parametrize("at", [2, 4])
+@pytest.mark.parametrize("at", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_the_resumed_run_takes_the_steps_of_an_unbroken_one(at, tmp_path):
     """Also where the first batch of an epoch was waited for, for which the loader has drawn random numbers already."""
 
@@ -139,7 +139,7 @@ def test_the_resumed_run_takes_the_steps_of_an_unbroken_one(at, tmp_path):
     assert len(figures[0]) == 8 and figures[0] == figures[1]
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_stall_is_reported(workers, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(waiting, "DELAY", 0.2)
 
