@@ -49,6 +49,7 @@ from finetune.model_folder import (
 )
 from finetune.places import at_home, contains, output_problems
 from finetune.result_folder import described
+from finetune.run_lock import run_at_work
 from finetune.zero import GATHER, saves_no_model, without_communication
 
 logger = logging.getLogger("finetune")
@@ -761,6 +762,8 @@ def _earlier_run_problem(training: TrainingArguments, results: bool) -> str | No
     output, resume = training.output_dir, training.resume_from_checkpoint
     if not output or access_problem(output) or training.overwrite_output_dir:
         return None
+    if other := run_at_work(output):
+        return f"--output_dir {output}: {other}. Wait for its end or stop it, or name another folder"
     last = newest_complete(output)
     if last and resume in (None, "", *FALSE):
         return (

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
-from finetune.result_folder import files_of_result, lacking_in_result, replaced_weights
+from finetune.result_folder import lacking_in_result, replaced_weights
 
 logger = logging.getLogger("finetune")
 
@@ -279,17 +279,16 @@ def _warn_of(folder: str, why: str) -> None:
         logger.warning("%s is incomplete (%s) and is passed over", folder, why)
 
 
-def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1, result: bool = False) -> None:
+def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1, result: Sequence[Path] = ()) -> None:
     """Move checkpoints of an earlier run into a folder of their own, so that no later resume takes them for new, those
     too that a kill kept from their place; what was not even written whole is removed.
 
     Args:
         after: only those of later steps than this.
-        result: also what that run, or another one, left as its result.
+        result: files of that run's result, which go with them.
     """
     found = [Path(folder) for step, folder in checkpoint_steps(output_dir).items() if step > after]
-    found += files_of_result(Path(output_dir)) if result else []
-    _move_aside(found, Path(output_dir))
+    _move_aside([*found, *result], Path(output_dir))
     left = [folder for folder in Path(output_dir, ASIDE).glob("*") if folder.is_dir()]
     whole = [folder for folder in left if (folder / MANIFEST).is_file() and fault(folder) is None]
     _move_aside(whole, Path(output_dir))
@@ -297,11 +296,11 @@ def set_checkpoints_aside(output_dir: str | os.PathLike, after: int = -1, result
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def set_newer_aside(checkpoint: str | os.PathLike, output_dir: str | os.PathLike) -> None:
+def set_newer_aside(checkpoint: str | os.PathLike, output_dir: str | os.PathLike, result: Sequence[Path] = ()) -> None:
     """`set_checkpoints_aside` for a run that goes on from a checkpoint which is not the newest of `output_dir`: of
     those that are newer, or of all, and the result with them, where it is not one of that folder."""
     steps = [step for step, folder in checkpoint_steps(output_dir).items() if Path(folder).samefile(checkpoint)]
-    set_checkpoints_aside(output_dir, after=steps[0] if steps else -1, result=not steps)
+    set_checkpoints_aside(output_dir, after=steps[0] if steps else -1, result=() if steps else result)
 
 
 def optimizer_kind(checkpoint: str | os.PathLike) -> str | None:

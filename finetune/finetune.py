@@ -70,9 +70,11 @@ from finetune.loading import (
 )
 from finetune.machines import end_together, save_where_all_can_read, say_threads
 from finetune.minicpmv import LLM_TYPES, MiniCPMV, MiniCPMVConfig
+from finetune.model_card import CARD, is_edited
 from finetune.model_folder import adapter_fit, described_weights, empty_adapter, empty_model, misfit, weight_problems
 from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
+from finetune.result_folder import files_of_result
 from finetune.resume import flags_of, recorded_flags, say_changes, schedule_problems
 from finetune.resume_check import ANEW, fit_problems
 from finetune.run_lock import only_run_in
@@ -457,12 +459,13 @@ def _trained_twice(model: torch.nn.Module) -> list[str]:
 
 def _make_way(checkpoint: str | None, args: TrainingArguments) -> None:
     """Move aside what lies in the output folder and is not what this run goes on from; all processes must call it."""
-    problems = []
+    problems, card = [], Path(args.output_dir, CARD)
+    result = files_of_result(card.parent) + ([card] if card.is_file() and not is_edited(card) else [])
     try:
         if checkpoint is not None and args.should_save:
-            set_newer_aside(checkpoint, args.output_dir)
+            set_newer_aside(checkpoint, args.output_dir, result)
         elif args.overwrite_output_dir and args.should_save:
-            set_checkpoints_aside(args.output_dir, result=True)
+            set_checkpoints_aside(args.output_dir, result=result)
     except OSError as error:
         problems.append(f"--output_dir {args.output_dir}: what an earlier run left cannot be moved aside: {error}")
     _stop_on(problems, "These settings cannot work:")

@@ -45,7 +45,8 @@ def lacking_in_result(folder: Path) -> list[str]:
 
 
 def files_of_result(folder: Path) -> list[Path]:
-    """All files of a result and of the run that wrote it, less checkpoints and the model card, which may be edited."""
+    """All files of a result and of the run that wrote it, less checkpoints, and the model card, which may be
+    somebody's own."""
     return [file for files in weights_in(folder).values() for file in files] + _matching(folder, BESIDE)
 
 

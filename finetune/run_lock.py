@@ -62,6 +62,16 @@ def only_run_in(output_dir: str | os.PathLike, takes: bool) -> Iterator[None]:
             lock.release()
 
 
+def run_at_work(output_dir: str | os.PathLike) -> str | None:
+    """The run of this machine that works in a folder, in words that follow its name; None: there is none, or on another
+    machine, which `only_run_in` finds."""
+    path = Path(output_dir, LOCK)
+    found = _parsed(_read(str(path)) or "")
+    if not found or os.path.realpath(path) in _held or not _is_of_here(found) or not _is_running(found):
+        return None
+    return f"another run works there: {_described(found)}"
+
+
 class _Lock:
     """Holds the file.
 
@@ -108,12 +118,7 @@ class _Lock:
         return None if free else "another run begins there just now"
 
     def _is_alive(self, found: dict) -> bool:
-        own = _own()
-        if any(found.get(name) != own[name] for name in ("host", "boot", "namespace")):
-            return self._gives_signs(found)
-        if found.get("started") is None:  # a system that does not tell it
-            return _exists(found.get("process"))
-        return _started(found.get("process")) == found["started"]
+        return _is_running(found) if _is_of_here(found) else self._gives_signs(found)
 
     def _gives_signs(self, found: dict) -> bool:
         logger.warning("%s: looking for %.0f s whether that run goes on: %s", self.path, PATIENCE, _described(found))
@@ -160,11 +165,28 @@ def _locked(file: int) -> bool:
 
 
 def _record(file: int) -> dict:
+    return _parsed(os.pread(file, MOST_BYTES, 0))
+
+
+def _parsed(content: str | bytes) -> dict:
     try:
-        found = json.loads(os.pread(file, MOST_BYTES, 0))
+        found = json.loads(content)
     except ValueError:  # empty: new, or of a run that was killed while it wrote it
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _is_of_here(found: dict) -> bool:
+    """Whether a run is one of this machine and container."""
+    own = _own()
+    return all(found.get(name) == own[name] for name in ("host", "boot", "namespace"))
+
+
+def _is_running(found: dict) -> bool:
+    """Whether a run of this machine goes on."""
+    if found.get("started") is None:  # a system that does not tell it
+        return _exists(found.get("process"))
+    return _started(found.get("process")) == found["started"]
 
 
 def _described(found: dict) -> str:
@@ -199,7 +221,7 @@ def _exists(process: object) -> bool:
 
 
 def _read(path: str) -> str | None:
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         return Path(path).read_text(encoding="utf-8").strip()
     return None
 

@@ -58,7 +58,7 @@ def test_a_result_is_not_written_over_or_beside_another(first, second, call, tmp
     train(call(second, "--overwrite_output_dir", "true"))
     assert list(weights_in(folder)) == [KINDS[second]]
     (aside,) = folder.glob("_earlier-*")
-    assert contents(aside) == {name: data for name, data in before.items() if name != "README.md"}
+    assert contents(aside) == before
     assert (folder / "mine.txt").read_text() == "notes"
     load_finetuned(folder)
 

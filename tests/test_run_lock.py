@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -57,6 +58,11 @@ def test_a_second_run_is_refused_before_anything_is_touched(tiny, data_file, tmp
         (line,) = [line for line in lines if "another run works there" in line]
         assert line.startswith(f"--output_dir {folder}: ") and f"process {other.pid} on {os.uname().nodename}" in line
         assert [path.name for path in folder.iterdir()] == [LOCK]
+        (folder / "checkpoint-2").mkdir()  # of the run that goes on
+        (folder / "checkpoint-2" / "trainer_state.json").write_text("{}")
+        _, lines = outcome(train, (*needed, *FLAGS), capsys)
+        assert any("another run works there" in line for line in lines) and not any("earlier" in line for line in lines)
+        shutil.rmtree(folder / "checkpoint-2")
         other.kill()
         other.join()
         train([str(word) for word in (*needed, *FLAGS)])  # at once
