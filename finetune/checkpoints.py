@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
-from finetune.result_folder import lacking_in_result, replaced_weights
+from finetune.result_folder import lacking_in_result, replaced_by
 
 logger = logging.getLogger("finetune")
 
@@ -83,7 +83,7 @@ def written_aside(
         if writes:
             if into:
                 (aside / MANIFEST).unlink()  # of a checkpoint, not of a folder that holds more
-                _move_aside(replaced_weights(folder, aside), folder)
+                _move_aside(replaced_by(folder, aside), folder)
                 _move_files(aside, folder)
             else:
                 if folder.exists():

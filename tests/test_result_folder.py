@@ -163,6 +163,31 @@ def test_no_weights_of_an_earlier_save_stay_beside_the_new(before, after, tmp_pa
     assert len(list((tmp_path / "out").glob("_earlier-*"))) == 1
 
 
+@pytest.mark.parametrize(("first", "second"), [("lora", "full"), ("full", "lora")])
+def test_what_python_saves_beside_the_other_kind_moves_that_whole(first, second, tiny, tmp_path):
+    """The one that was there loads from where it was moved; of it nothing is left, what is not of it stays."""
+    write_result(first, tiny["llama3"], tmp_path / "out")
+    (tmp_path / "out" / "bad_samples.jsonl").write_text("")
+    before = contents(tmp_path / "out")
+    write_result(second, tiny["llama3"], tmp_path / "new")
+    with written_aside(tmp_path / "out", writes=True, into=True) as aside:
+        shutil.copytree(tmp_path / "new", aside, dirs_exist_ok=True)
+    (earlier,) = (tmp_path / "out").glob("_earlier-*")
+    assert {**contents(earlier), "bad_samples.jsonl": b""} == before
+    shutil.move(earlier, tmp_path / "earlier")
+    assert contents(tmp_path / "out") == {**contents(tmp_path / "new"), "bad_samples.jsonl": b""}
+    load_finetuned(tmp_path / "earlier")
+    load_finetuned(tmp_path / "out")
+
+
+def write_result(kind: str, base: Path, folder: Path) -> None:
+    if kind == "lora":
+        write_adapter(base, folder)
+        (folder / "README.md").unlink()
+    else:
+        shutil.copytree(base, folder)
+
+
 def test_files_of_the_user_belong_to_no_result(tmp_path):
     for name in ("notes.md", "train.json", "model.py", "mine.safetensors", "README.md", "run.sh"):
         (tmp_path / name).touch()
