@@ -64,6 +64,7 @@ from finetune.model_folder import access_problem
 from finetune.pictures import map_pictures, record_of
 from finetune.places import at_home, output_problems
 from finetune.reporting import versions
+from finetune.run_lock import only_one_writes
 
 logger = logging.getLogger("finetune")
 
@@ -190,14 +191,15 @@ def evaluate(arguments: argparse.Namespace, tasks: Sequence[Task], earlier: list
     """
     start = time.monotonic()
     folder = unfinished(arguments.output)
-    _begin(folder, _identity(arguments, tasks))
-    before = earlier
-    if len(tasks) > 1:
-        before = answer_all(tasks[1], arguments, folder, "before")
-    after = answer_all(tasks[0], arguments, folder, "after")
-    summary = summarise(arguments, tasks[0], after, before, round(time.monotonic() - start, 1), limited)
-    if is_main():
-        save(arguments, tasks[0], folder, summary, after)
+    with only_one_writes(arguments.output, takes=is_main()):
+        _begin(folder, _identity(arguments, tasks))
+        before = earlier
+        if len(tasks) > 1:
+            before = answer_all(tasks[1], arguments, folder, "before")
+        after = answer_all(tasks[0], arguments, folder, "after")
+        summary = summarise(arguments, tasks[0], after, before, round(time.monotonic() - start, 1), limited)
+        if is_main():
+            save(arguments, tasks[0], folder, summary, after)
     return summary
 
 

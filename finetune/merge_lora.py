@@ -68,6 +68,7 @@ from finetune.model_folder import (
 )
 from finetune.places import at_home, contains, model_conflicts, writing_problem
 from finetune.reporting import write_settings
+from finetune.run_lock import only_one_writes
 
 logger = logging.getLogger("finetune")
 
@@ -125,7 +126,7 @@ def merge(
         problems.append(config)
     _stop_on(problems)
     shards = split_torch_state_dict_into_shards(plan.described(), max_shard_size=max_shard_size)
-    with _written_aside(Path(output), shards.metadata["total_size"]) as aside:
+    with only_one_writes(output), _written_aside(Path(output), shards.metadata["total_size"]) as aside:
         with tqdm(total=shards.metadata["total_size"], unit="B", unit_scale=True, desc="merging") as bar:
             for file, names in shards.filename_to_tensors.items():
                 tensors = {}
@@ -178,7 +179,7 @@ def modernize(
         problems.append(f"--modernize {source}: {error}")
     _stop_on(problems)
     links = {"hard link": 0, "symbolic link": 0}
-    with _written_aside(Path(output), 0) as aside:
+    with only_one_writes(output), _written_aside(Path(output), 0) as aside:
         for file in files:
             links[_link(file.resolve(), aside / file.name)] += 1
         for index in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):

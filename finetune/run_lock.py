@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from finetune.errors import UserError, over_processes
@@ -35,8 +35,7 @@ MOST_BYTES = 4096
 _held: set[str] = set()  # files that this process holds, to which its own locks would give way
 
 
-@contextmanager
-def only_run_in(output_dir: str | os.PathLike, takes: bool) -> Iterator[None]:
+def only_run_in(output_dir: str | os.PathLike, takes: bool) -> AbstractContextManager[None]:
     """Keeps other runs out of a folder; what a run that was killed has left is taken over. All processes must call it.
 
     Args:
@@ -45,14 +44,26 @@ def only_run_in(output_dir: str | os.PathLike, takes: bool) -> Iterator[None]:
     Raises:
         UserError: in all of them, naming the other run.
     """
+    return _alone(Path(output_dir, LOCK), f"--output_dir {output_dir}", takes)
+
+
+def only_one_writes(output: str | os.PathLike, takes: bool = True) -> AbstractContextManager[None]:
+    """Likewise for the `--output` of a program, which is written beside its place and then put there: the file that
+    names the program at work lies beside it too."""
+    place = Path(output).resolve()
+    return _alone(place.with_name(f"{place.name}{LOCK}"), f"--output {output}", takes)
+
+
+@contextmanager
+def _alone(path: Path, where: str, takes: bool) -> Iterator[None]:
     lock, problem = None, None
     if takes:
         try:
-            lock = _Lock(Path(output_dir, LOCK))
+            lock = _Lock(path)
         except OSError as error:
-            problem = f"--output_dir {output_dir}: cannot be written: {error.strerror or error}"
+            problem = f"{where}: cannot be written: {error.strerror or error}"
         except UserError as error:
-            problem = f"--output_dir {output_dir}: {error}"
+            problem = f"{where}: {error}"
     try:
         if problems := list(dict.fromkeys(filter(None, over_processes(problem)))):
             raise UserError("\n".join(problems))

@@ -7,15 +7,16 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import outcome
+from conftest import outcome, write_adapter
 
-from finetune import run_lock
+from finetune import evaluate, merge_lora, run_lock
 from finetune.errors import UserError
 from finetune.finetune import train
-from finetune.run_lock import LOCK, only_run_in
+from finetune.run_lock import LOCK, only_one_writes, only_run_in
 
 FLAGS = (
     *("--batch_size", 2, "--max_steps", 1, "--max_slice_nums", 1, "--report_to", "none", "--disable_tqdm", "true"),
@@ -28,13 +29,13 @@ def impatient(monkeypatch) -> None:
     monkeypatch.setattr(run_lock, "DYING", 0.4)
 
 
-def holder(folder: Path, seconds: float = 600) -> multiprocessing.Process:
+def holder(folder: Path, seconds: float = 600, lock: Callable = only_run_in) -> multiprocessing.Process:
     """Another process that holds a folder."""
     context = multiprocessing.get_context("fork")
     holds = context.Event()
 
     def hold() -> None:
-        with only_run_in(folder, takes=True):
+        with lock(folder, takes=True):
             holds.set()
             time.sleep(seconds)
 
@@ -153,6 +154,31 @@ def test_a_folder_in_which_nothing_was_left_is_removed(tmp_path):
     with only_run_in(tmp_path / "mine", takes=True):
         pass
     assert (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize("program", [merge_lora, evaluate])
+def test_two_calls_do_not_write_one_output(program, tiny, data_file, tmp_path, capsys):
+    """Merging took what the other one was writing for left over, and removed it; answers went into the same files."""
+    adapter, output = write_adapter(tiny["llama3"], tmp_path / "adapter"), tmp_path / "output"
+    unfinished = tmp_path / "output.incomplete"
+    words = ["--adapter", adapter, "--output", output]
+    if program is evaluate:
+        limits = ("--limit", 1, "--max_new_tokens", 2)
+        words = ["--model", adapter, "--data_path", data_file, "--output", output, *limits]
+    other = holder(output, lock=only_one_writes)
+    try:
+        unfinished.mkdir()
+        (unfinished / merge_lora.MARK).touch()
+        status, lines = outcome(program.main, words, capsys)
+        assert status == 1 and [path.name for path in unfinished.iterdir()] == [merge_lora.MARK]
+        (line,) = [line for line in lines if f"--output {output}: another run works there" in line]
+        assert f"process {other.pid} on {os.uname().nodename}" in line
+    finally:
+        other.kill()
+        other.join()
+    shutil.rmtree(unfinished)
+    assert outcome(program.main, words, capsys)[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "output"]
 
 
 def test_a_process_that_writes_nothing_takes_nothing(tmp_path):
