@@ -29,7 +29,9 @@ logger = logging.getLogger("finetune")
 LOCK = "_running.json"  # which uploads to the hub leave out, as all names with "_" in front
 SIGN_OF_LIFE = 15.0  # seconds
 PATIENCE = 45.0  # seconds after which a run of another machine that gave none is over
-DYING = 4.0  # seconds that a killed process may take to be gone
+DYING = 4.0  # seconds in which a process that is about to end does
+GIVING_BACK = 60.0  # seconds that a killed process may need to give back its memory, and then its lock
+PF_EXITING = 4  # <linux/sched.h>
 MOST_BYTES = 4096
 
 _held: set[str] = set()  # files that this process holds, to which its own locks would give way
@@ -111,8 +113,12 @@ class _Lock:
         threading.Thread(target=self._give_signs, daemon=True).start()
 
     def _take(self) -> None:
-        end = time.monotonic() + DYING
-        while (other := self._holder()) and self.key not in _held and time.monotonic() < end:
+        start = time.monotonic()
+        while (other := self._holder()) and self.key not in _held:
+            found = _record(self.file)
+            ended = found and _is_of_here(found) and not _is_running(found)
+            if time.monotonic() - start > (GIVING_BACK if ended else DYING):
+                break
             time.sleep(DYING / 20)
         if other:
             raise UserError(f"{other}. Wait for its end or stop it, or name another folder")
@@ -218,7 +224,8 @@ def _own() -> dict:
 def _started(process: object) -> str | None:
     """When a process began, in ticks since the machine did; None: it has ended, or the system does not tell."""
     state, *fields = (_read(f"/proc/{process}/stat") or ") Z").rpartition(")")[2].split()
-    return None if state == "Z" else fields[18]  # a zombie has ended
+    exiting = state == "Z" or (len(fields) > 5 and int(fields[5]) & PF_EXITING)
+    return None if exiting else fields[18]
 
 
 def _exists(process: object) -> bool:
