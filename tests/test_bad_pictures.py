@@ -291,6 +291,7 @@ def end_together(tiny, data: Path, tmp_path: Path, deepspeed: str = "") -> str:
     return re.search(r"^.*--bad_samples skip.*$", output, re.M)[0]
 
 
+@pytest.mark.slow
 def test_processes_end_together(tiny, data, tmp_path):
     end_together(tiny, data, tmp_path)
 
