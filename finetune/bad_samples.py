@@ -22,10 +22,10 @@ from finetune.checks import find_problems, report_problems
 from finetune.dataset import Problem, SupervisedDataset
 from finetune.errors import UserError, is_main_of_node, over_processes, rank, shown
 from finetune.guards import resume_command
+from finetune.result_folder import BAD_SAMPLES_NAME
 
 logger = logging.getLogger("finetune")
 
-BAD_SAMPLES_NAME = "bad_samples.jsonl"
 LOOKED_AT = 10_000  # samples of a data set that are looked at for a command that works
 
 

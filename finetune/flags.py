@@ -183,6 +183,8 @@ OBJECTS = (
 OTHER_NAMES = {"batch_size": "per_device_train_batch_size", "evaluation_strategy": "eval_strategy"}
 # `every_n_layers` and `offload` are transformers' own, the rest is torch's.
 NOT_TORCHS = ("every_n_layers", "offload")
+# Schedules whose rate follows from the evaluations so far.
+BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 TAKES_NO_KWARGS = (SchedulerType.CONSTANT, SchedulerType.CONSTANT_WITH_WARMUP)
 MADE_OF_MODEL = ("model", "params", "optimizer_dict")  # settings of optimizers that cannot be tried without its values
 TRIED_STEPS = 100
@@ -434,10 +436,9 @@ def scheduler_problem(args: transformers.TrainingArguments) -> str | None:
             schedule = transformers.get_scheduler(
                 kind, optimizer, args.get_warmup_steps(steps), steps, scheduler_specific_kwargs=settings
             )
-            by_metric = kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
             for _ in range(2):
                 optimizer.step()
-                schedule.step(*([1.0] if by_metric else []))
+                schedule.step(*([1.0] if kind in BY_METRIC else []))
     except (ValueError, TypeError, KeyError, ArithmeticError, AttributeError) as error:
         return f"{named}: {_one_line(error)}"
     return None

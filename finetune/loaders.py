@@ -15,7 +15,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +22,10 @@ from torch.utils.data import DataLoader
 
 from finetune.errors import is_main_of_node, over_processes, processes
 from finetune.guards import let_workers_live
+from finetune.waiting import SHARED_MEMORY
 
 logger = logging.getLogger("finetune")
 
-SHARED_MEMORY = Path("/dev/shm")
 PREFETCHED = 2  # batches that a loader process makes ahead: PyTorch's default
 PAGE = 4096  # bytes; each tensor begins a new one
 BYTES_PER_TOKEN = 26  # of a batch: ids, positions and labels of 8, a mask of 1, and an index of those that matter

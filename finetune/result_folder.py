@@ -16,12 +16,12 @@ WEIGHTS = {
     ADAPTER: (ADAPTER_CONFIG_NAME, *ADAPTER_FILES, EXTRA_WEIGHTS_NAME),
     WHOLE: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*"),
 }
-BAD_SAMPLES = "bad_samples.jsonl"
+BAD_SAMPLES_NAME = "bad_samples.jsonl"
 CODE = Path(__file__).with_name("minicpmv")  # copied beside a whole model
 # What else a run writes there. TensorBoard's runs/ stay: its files have names of their own, and it compares runs.
 BESIDE = (
     *("config.json", "generation_config.json", "preprocessor_config.json", "training_settings.json"),
-    *("trainer_state.json", "training_args.bin", BAD_SAMPLES, "loss.png", "*_results.json"),
+    *("trainer_state.json", "training_args.bin", BAD_SAMPLES_NAME, "loss.png", "*_results.json"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
     *("processing_*.py", "image_processing_*.py", *(file.name for file in CODE.glob("*.py"))),
 )
@@ -56,7 +56,9 @@ def replaced_by(folder: Path, new: Path) -> list[Path]:
     belongs to it, or weights of a model that was divided otherwise. None where `new` is no result."""
     found, coming = weights_in(folder), weights_in(new)
     if coming and found.keys() - coming.keys():
-        return [file for file in files_of_result(folder) if file.name != BAD_SAMPLES]  # which the new run has begun
+        return [
+            file for file in files_of_result(folder) if file.name != BAD_SAMPLES_NAME
+        ]  # which the new run has begun
     return [file for kind in coming for file in found.get(kind, ()) if not (new / file.name).exists()]
 
 

@@ -19,13 +19,12 @@ from transformers import SchedulerType, TrainerState, TrainingArguments
 
 from finetune.checkpoints import STATE, checkpoint_steps, fault
 from finetune.errors import is_main_of_node, over_processes
+from finetune.flags import BY_METRIC
 from finetune.loading import SETTINGS_NAME, read_record
 
 logger = logging.getLogger("finetune")
 
 OF_THE_STATE = ("params", "step")  # of a parameter group; some optimizers count their steps there
-BY_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
-"""schedules whose rate follows from the evaluations so far"""
 OF_THE_CALL = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank")
 """flags that are no setting of the training"""
 
