@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,16 +24,20 @@ from finetune.loading import SETTINGS_NAME, read_record
 
 logger = logging.getLogger("finetune")
 
-OF_THE_STATE = ("params", "step")  # of a parameter group; some optimizers count their steps there
+KERNELS = ("fused", "foreach", "capturable")  # ways to compute a step, which are settings of a parameter group too
+OF_ALL = ("lr", "initial_lr", "weight_decay", *KERNELS)  # settings of every optimizer's groups
 OF_THE_CALL = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank")
 """flags that are no setting of the training"""
 
 
-def settings_of_groups(optimizer: torch.optim.Optimizer) -> list[dict]:
-    """Rate, weight decay, betas and so on of each parameter group; no state."""
-    return [
-        {name: value for name, value in group.items() if name not in OF_THE_STATE} for group in optimizer.param_groups
-    ]
+def settings_of_groups(optimizer: torch.optim.Optimizer, names: Collection[str]) -> list[dict]:
+    """Rate, weight decay, betas and so on of each parameter group; what else stands there is the optimizer's state.
+
+    Args:
+        names: settings that the flags give this kind of optimizer.
+    """
+    wanted = {*OF_ALL, *names}
+    return [{name: value for name, value in group.items() if name in wanted} for group in optimizer.param_groups]
 
 
 def apply_settings(optimizer: torch.optim.Optimizer, scheduler: object, asked: Sequence[Mapping]) -> None:
@@ -48,11 +52,22 @@ def apply_settings(optimizer: torch.optim.Optimizer, scheduler: object, asked: S
     follows_metric = not isinstance(scheduler, LambdaLR)
     for group, settings in zip(optimizer.param_groups, asked, strict=True):
         group.update({name: value for name, value in settings.items() if not (name == "lr" and follows_metric)})
+        _place_steps(optimizer, group)
     if follows_metric:  # the rate is what evaluations have made of it
         return
     scheduler.base_lrs = [settings["initial_lr"] for settings in asked]
     scheduler.last_epoch -= 1
     scheduler.step()
+
+
+def _place_steps(optimizer: torch.optim.Optimizer, group: Mapping) -> None:
+    """Put the step counts of a parameter group where its kernel reads them: PyTorch (2.14) goes by the checkpoint's
+    kernel when it loads them, and its fused one ends in an error over counts on the CPU."""
+    on_device = group.get("fused") or group.get("capturable")
+    for parameter in group["params"]:
+        count = optimizer.state.get(parameter, {}).get("step")
+        if isinstance(count, torch.Tensor):
+            optimizer.state[parameter]["step"] = count.to(parameter.device if on_device else "cpu", torch.float32)
 
 
 def recorded_flags(checkpoint: str | os.PathLike) -> dict:

@@ -583,7 +583,8 @@ class CPMTrainer(Trainer):
     def create_scheduler(self, *args, **kwargs) -> LRScheduler:
         """As in Trainer, which calls it when nothing of a checkpoint is loaded yet."""
         scheduler = super().create_scheduler(*args, **kwargs)
-        self._asked = settings_of_groups(kwargs.get("optimizer") or self.optimizer)
+        names = self.get_optimizer_cls_and_kwargs(self.args, self.model)[1]
+        self._asked = settings_of_groups(kwargs.get("optimizer") or self.optimizer, names)
         return scheduler
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from finetune.finetune import train
+from finetune.resume import apply_settings, settings_of_groups
 from finetune.trainer import CPMTrainer
 
 SAVED = 4  # steps of the run that is gone on with
@@ -100,6 +101,72 @@ def test_a_new_learning_rate_takes_effect(gone_on, started, caplog):
     assert [after[3], after[4]] == pytest.approx([2 * before[3], 2 * before[4]])
     assert all(group["initial_lr"] == 2e-3 for group in optimizer_settings(folder / "checkpoint-4"))
     assert "--learning_rate 0.002 (was 0.001)" in caplog.text
+
+
+class Counting(torch.optim.SGD):
+    """Keeps state in its parameter groups, as schedule-free optimizers do."""
+
+    def __init__(self, params, lr, weight_decay):
+        super().__init__(params, lr, weight_decay=weight_decay)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["k"] += 1
+        return super().step(closure)
+
+
+def test_state_in_the_groups_of_parameters_is_the_checkpoints():
+    """Two steps, then two more with another rate and decay."""
+
+    def optimizer(rate: float, decay: float) -> tuple:
+        made = Counting([torch.nn.Parameter(torch.ones(2))], rate, decay)
+        return made, torch.optim.lr_scheduler.LambdaLR(made, lambda _: 1.0)
+
+    before, schedule = optimizer(0.1, 0.0)
+    for _ in range(2):
+        before.step()
+        schedule.step()
+    after, other = optimizer(0.2, 0.5)
+    asked = settings_of_groups(after, ["lr"])
+    after.load_state_dict(before.state_dict())
+    other.load_state_dict(schedule.state_dict())
+    apply_settings(after, other, asked)
+    (group,) = after.param_groups
+    assert (group["lr"], group["weight_decay"], group["k"]) == (0.2, 0.5, 2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("then", "now"), [(False, True), (True, False), (True, True)])
+def test_a_run_goes_on_with_another_kernel_of_the_same_optimizer(then, now):
+    """Step counts are where it reads them: of two steps and two more, the same weights."""
+
+    def optimizer(fused: bool) -> tuple:
+        weight = torch.nn.Parameter(torch.ones(8, device="cuda"))
+        made = torch.optim.AdamW([weight], lr=0.1, fused=fused)
+        return weight, made, torch.optim.lr_scheduler.LambdaLR(made, lambda _: 1.0)
+
+    def steps(weight: torch.nn.Parameter, made: torch.optim.Optimizer, schedule, count: int) -> None:
+        for _ in range(count):
+            weight.grad = weight.detach() * 0.5 + 1
+            made.step()
+            schedule.step()
+
+    whole = optimizer(now)
+    steps(*whole, 4)
+    before, after = optimizer(then), optimizer(now)
+    steps(*before, 2)
+    asked = settings_of_groups(after[1], ["betas", "eps"])
+    after[0].data.copy_(before[0].data)
+    states = before[1].state_dict()
+    counts = {name: {**state, "step": state["step"].cpu()} for name, state in states["state"].items()}
+    after[1].load_state_dict({**states, "state": counts})  # as Trainer loads it, by way of the CPU
+    after[2].load_state_dict(before[2].state_dict())
+    apply_settings(after[1], after[2], asked)
+    steps(*after, 2)
+    assert bool(after[1].param_groups[0]["fused"]) == now
+    torch.testing.assert_close(after[0], whole[0])
 
 
 def test_unchanged_flags_say_nothing_and_change_nothing(gone_on, started, caplog):
