@@ -17,14 +17,16 @@ WEIGHTS = {
     WHOLE: ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin*"),
 }
 BAD_SAMPLES_NAME = "bad_samples.jsonl"
-CODE = Path(__file__).with_name("minicpmv")  # copied beside a whole model
-# What else a run writes there. TensorBoard's runs/ stay: its files have names of their own, and it compares runs.
+# Of the run that wrote it, and of no other program. TensorBoard's runs/ stay: its files have names of their own, and it
+# compares runs.
+RECORDS = ("training_settings.json", "trainer_state.json", "training_args.bin", BAD_SAMPLES_NAME, "loss.png")
+# What belongs to a result; in a folder without one such files are the user's.
 BESIDE = (
-    *("config.json", "generation_config.json", "preprocessor_config.json", "training_settings.json"),
-    *("trainer_state.json", "training_args.bin", BAD_SAMPLES_NAME, "loss.png", "*_results.json"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
-    *("processing_*.py", "image_processing_*.py", *(file.name for file in CODE.glob("*.py"))),
+    *("config.json", "generation_config.json", "preprocessor_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "chat_template.jinja", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"),
+    *("processing_*.py", "image_processing_*.py"),
 )
+CODE = Path(__file__).with_name("minicpmv")  # copied beside a whole model
 
 
 def weights_in(folder: Path) -> dict[str, list[Path]]:
@@ -48,7 +50,15 @@ def lacking_in_result(folder: Path) -> list[str]:
 def files_of_result(folder: Path) -> list[Path]:
     """All files of a result and of the run that wrote it, less checkpoints, and the model card, which may be
     somebody's own."""
-    return [file for files in weights_in(folder).values() for file in files] + _matching(folder, BESIDE)
+    weights = [file for files in weights_in(folder).values() for file in files]
+    beside = [*_matching(folder, BESIDE), *_code_in(folder)] if weights else []
+    return [*weights, *_matching(folder, RECORDS), *beside]
+
+
+def _code_in(folder: Path) -> list[Path]:
+    """Copies of our own model code; files of these names that say something else are the user's."""
+    pairs = [(folder / own.name, own) for own in sorted(CODE.glob("*.py"))]
+    return [copy for copy, own in pairs if copy.is_file() and copy.read_bytes() == own.read_bytes()]
 
 
 def replaced_by(folder: Path, new: Path) -> list[Path]:

@@ -188,6 +188,23 @@ def write_result(kind: str, base: Path, folder: Path) -> None:
         shutil.copytree(base, folder)
 
 
+def test_names_that_a_result_has_too_are_the_users_where_there_is_none(call, tmp_path):
+    """A folder of somebody's code: nothing of it is moved. Nor is code of the names of ours, beside a result."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    own = ("vision.py", "language.py", "config.json", "tokenizer.json", "tokenizer_train.py", "my_results.json")
+    for name in own:
+        (folder / name).write_text("mine")
+    assert files_of_result(folder) == []
+    (folder / "model.safetensors").write_text("weights")
+    moved = {file.name for file in files_of_result(folder)}
+    assert moved == {"model.safetensors", "config.json", "tokenizer.json"}
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):  # which a result would be written over
+        (folder / name).unlink()
+    train(call("lora", "--overwrite_output_dir", "true"))
+    assert (folder / "vision.py").read_text() == "mine" and not list(folder.glob("_earlier-*"))
+
+
 def test_files_of_the_user_belong_to_no_result(tmp_path):
     for name in ("notes.md", "train.json", "model.py", "mine.safetensors", "README.md", "run.sh"):
         (tmp_path / name).touch()
