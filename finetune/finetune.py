@@ -543,7 +543,8 @@ def _keep_to_shared_memory(
     asked, prefetched = args.dataloader_num_workers, args.dataloader_prefetch_factor
     args.dataloader_num_workers = fitting_workers(loads, asked, "--dataloader_num_workers", prefetched)
     if not args.dataloader_num_workers:  # which needs no other settings of loader processes, nor takes them
-        args.dataloader_prefetch_factor, args.dataloader_persistent_workers = None, False
+        args.dataloader_prefetch_factor = args.dataloader_multiprocessing_context = None
+        args.dataloader_persistent_workers = False
 
 
 def _stop_on(problems: list, title: str) -> None:

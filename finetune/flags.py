@@ -339,6 +339,11 @@ def combination_problems(args: transformers.TrainingArguments, given: Collection
         )
     if args.dataloader_persistent_workers and not args.dataloader_num_workers:
         problems.append("--dataloader_persistent_workers true needs --dataloader_num_workers 1 or more")
+    if args.dataloader_multiprocessing_context and not args.dataloader_num_workers:
+        problems.append(
+            f"--dataloader_multiprocessing_context {args.dataloader_multiprocessing_context} needs "
+            "--dataloader_num_workers 1 or more"
+        )
     return problems
 
 

@@ -152,6 +152,7 @@ def test_all_wrong_flags_are_reported_together(refusals):
         ("--accelerator_config '{{\"some\": true}}'", "cannot be taken: "),
         ("--accelerator_config {data}", "expected a JSON object"),
         ("--dataloader_persistent_workers true", "needs --dataloader_num_workers 1 or more"),
+        ("--dataloader_multiprocessing_context fork", "needs --dataloader_num_workers 1 or more"),
         ("--push_to_hub true", "--push_to_hub true: HF_HUB_OFFLINE is set"),
         ("--max_steps 0", "1 or more, or -1 for the steps of --num_train_epochs"),
         ("--save_strategy steps --save_steps 1.5", "a number of steps, 1 or more, or a part of all steps"),

@@ -220,6 +220,7 @@ def test_training_with_little_shared_memory(prefetched, tiny, data_file, tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr("finetune.places.room_problem", lambda *_: None)
         further = () if prefetched is None else ("--dataloader_prefetch_factor", prefetched)
+        further += ("--dataloader_multiprocessing_context", "fork")
         train(command(tmp_path, tiny, data_file, "--dataloader_persistent_workers", prefetched is not None, *further))
     assert "of shared memory" in caplog.text
     settings = json.loads((tmp_path / "training_settings.json").read_text())["arguments"]["training"]
