@@ -28,7 +28,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
-from accelerate.utils import DummyOptim
 from peft import PeftModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
@@ -314,7 +313,7 @@ class CPMTrainer(Trainer):
             give_own_rate(
                 optimizer, [p for name, p in self.model.named_parameters() if VISION_TOWER.search(name)], rate
             )
-        by_file = isinstance(optimizer, DummyOptim)  # DeepSpeed makes it, of the "optimizer" block of its file
+        by_file = not hasattr(optimizer, "param_groups")  # DeepSpeed makes it, of the "optimizer" block of its file
         if self._zero_stage in (1, 2) and self.group_elements and not by_file:
             split_param_groups(optimizer, self.group_elements)
         return optimizer

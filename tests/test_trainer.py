@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from functools import partial
 from itertools import chain
 from types import SimpleNamespace
@@ -113,6 +116,22 @@ def test_a_notebook_needs_transformers_own_arguments_alone(collated, model, data
     assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
     predicted = trainer.predict(dataset)
     assert predicted.predictions.shape[:2] == predicted.label_ids.shape
+
+
+def test_the_programs_begin_without_deepspeed(tmp_path):
+    """It is needed where a DeepSpeed file is given, and cannot be installed everywhere."""
+    look = """
+import importlib.util as util
+find = util.find_spec
+util.find_spec = lambda name, *rest: None if name == "deepspeed" else find(name, *rest)
+import sys
+sys.modules["deepspeed"] = None
+from finetune import chat, evaluate, finetune, inspect_data, merge_lora
+"""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", look]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
 
 
 def test_smoothed_labels_are_refused(model, dataset, tmp_path):
