@@ -110,12 +110,12 @@ class BadSamples:
         )
 
     def _fraction_needed(self) -> float:
-        """The largest part of a data set that is bad. Where the data are so few that one more bad sample, which no step
-        has met yet, would be too many, all are looked at."""
+        """The largest part of a data set that is bad. The run that goes on looks at all samples before its first step,
+        so those that no step has met count as well, but in a data set so large that this takes long."""
         parts = []
         for split, dataset in self.datasets.items():
             bad, total = self.count(split), self.total(split)
-            if bad + 1 > self.max_fraction * total and total <= LOOKED_AT:
+            if total <= LOOKED_AT:
                 seen = {problem.index for problem in find_problems(dataset, decode=True)}
                 bad = self.left_out.get(split, 0) + len(seen | set(dataset.masked))
             parts.append(math.ceil(1000 * bad / total) / 1000)

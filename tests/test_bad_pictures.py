@@ -124,6 +124,23 @@ def test_before_the_first_step_there_is_nothing_to_save(run, data, tmp_path, cap
     assert len(losses(tmp_path / "out")) == 8
 
 
+def test_the_command_allows_for_bad_pictures_that_no_step_has_met(run, data, tmp_path):
+    """One of 200 samples is met, and one more would be within --max_bad_fraction 0.01; there are two more."""
+    samples = json.loads(data.read_text())
+    text = {"conversations": samples[3]["conversations"]}
+    pictures = {place: {**samples[number], "id": place} for place, number in ((4, 0), (150, 1), (160, 2))}
+    data.write_text(json.dumps([pictures.get(place, text) for place in range(200)]))
+    for number in range(3):
+        damage(data, number)
+    with pytest.raises(UserError, match="after step 2") as caught:
+        run("out", data, "--max_steps", 3)
+    words = command_in(str(caught.value))
+    assert words[words.index("--max_bad_fraction") + 1] == "0.015"
+    train(words)
+    assert [entry[1] for entry in record(tmp_path / "out")] == [4, 150, 160]
+    assert len(losses(tmp_path / "out")) == 3
+
+
 def gone(path: Path) -> None:
     path.unlink()
 
