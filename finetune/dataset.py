@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -43,6 +44,7 @@ from finetune.minicpmv.conversation import (
 from finetune.minicpmv.image_slicing import MEAN, STD, placeholder, plan_slices, raw_pixels, slicing_of
 from finetune.pictures import load_image, map_pictures, picture_size
 from finetune.sample_check import check_sample, is_nan, remarks_of
+from finetune.waiting import reported
 
 logger = logging.getLogger(__name__)
 
@@ -324,7 +326,21 @@ class SupervisedDataset(Dataset):
 
     def load_image(self, picture, index: int) -> Image.Image:
         """A picture of the sample, see `pictures.load_image`."""
-        return load_image(picture, self.folder(index), self.image_folder_only)
+        with self._reported(picture, index):
+            return load_image(picture, self.folder(index), self.image_folder_only)
+
+    def _size(self, picture, index: int) -> tuple[int, int]:
+        """Likewise, see `pictures.picture_size`."""
+        with self._reported(picture, index):
+            return picture_size(picture, self.folder(index), self.image_folder_only)
+
+    def _reported(self, picture, index: int) -> AbstractContextManager[None]:
+        """Names the sample and its picture where reading that takes long, see `waiting.reported`."""
+        return reported(partial(self._named, picture, index, self._raw(index)))
+
+    def _named(self, picture, index: int, sample: Mapping) -> str:
+        named = shown(picture, quotes=False) if isinstance(picture, str) else "embedded"
+        return f"{self.name(index, sample)}, picture {named}"
 
     def measure(self, index: int) -> Measure:
         """Lengths of a sample, from the headers of its pictures; nothing is decoded.
@@ -378,9 +394,7 @@ class SupervisedDataset(Dataset):
         """A sample's turns with placeholder text for its pictures, and the grid of each picture."""
         sample = self.sample(index)
         slicing = slicing_of(self.slice_config, self.patch_size)
-        sizes = map_pictures(
-            sample.get("image"), lambda picture: picture_size(picture, self.folder(index), self.image_folder_only)
-        )
+        sizes = map_pictures(sample.get("image"), lambda picture: self._size(picture, index))
         grids = []
 
         def describe(size: tuple[int, int]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -15,12 +16,17 @@ import pytest
 import torch
 from conftest import PATIENCE, ROOT, TESTS
 from test_guards import Items, trainer_of
-from torch.utils.data import get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 from transformers import TrainerCallback
 
+from finetune import dataset as dataset_module
 from finetune import waiting
+from finetune.arguments import load_config
 from finetune.checkpoints import newest_complete
-from finetune.checks import scan
+from finetune.checks import find_problems, scan
+from finetune.dataset import SupervisedDataset, data_collator, load_samples
+from finetune.loading import load_tokenizer
+from finetune.waiting import Taken, reported
 
 FOR_EVER = 3600
 
@@ -164,6 +170,66 @@ def test_a_stall_of_the_checks_is_reported(workers, monkeypatch, caplog):
     monkeypatch.setattr(waiting, "DELAY", 0.2)
     scan(7, slow_look, "test", workers)
     assert "has been waiting for samples 0 to 6, which are looked at" in caplog.text
+
+
+LOADING, CHECKING = "samples, now for ", "samples 0 to 23, which are looked at, now for "
+
+
+@pytest.mark.parametrize(
+    ("checks", "workers", "told"),
+    [
+        (False, 0, f"process 0 has been waiting for {LOADING}"),
+        (False, 1, "loader process 0 of process 0 has been waiting for "),
+        (True, 0, f"process 0 has been waiting for {CHECKING}"),
+    ],
+)
+def test_the_picture_that_stalls_is_named(checks, workers, told, tiny, data_file, tmp_path, monkeypatch):
+    """By the process that reads it, which is the only one to know; it is slow until that is in the log."""
+    monkeypatch.setattr(waiting, "DELAY", 0.2)
+    log, load = tmp_path / "log", dataset_module.load_image
+    expected = f"{told}{data_file}: sample 4 (id 's4'), picture 4.png, for "
+
+    def slow(picture, *place):
+        end = time.monotonic() + (PATIENCE if picture == "4.png" else 0)
+        while expected not in log.read_text() and time.monotonic() < end:
+            time.sleep(0.05)
+        return load(picture, *place)
+
+    monkeypatch.setattr(dataset_module, "load_image", slow)
+    config, tokenizer = load_config(str(tiny["llama3"])), load_tokenizer(tiny["llama3"])
+    dataset = SupervisedDataset.for_checkpoint(config, tokenizer, load_samples(data_file), 2048)
+    handler, logger = logging.FileHandler(log), logging.getLogger("finetune")
+    logger.addHandler(handler)
+    try:
+        if checks:
+            assert find_problems(dataset, decode=True, workers=workers) == []
+        else:
+            loader = DataLoader(dataset, batch_size=2, num_workers=workers, collate_fn=data_collator)
+            assert len(list(Taken(loader))) == 12
+    finally:
+        logger.removeHandler(handler)
+    lines = [line for line in log.read_text().splitlines() if expected in line]
+    assert lines and ("/dev/shm" in lines[0]) == (not workers)
+
+
+def test_waits_of_other_threads_are_their_own(monkeypatch, caplog):
+    """One that ends within another's is not taken to go on."""
+    monkeypatch.setattr(waiting, "DELAY", 0.2)
+    began, other_began = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        with reported("one"):
+            began.set()
+            other_began.wait(PATIENCE)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    began.wait(PATIENCE)
+    with reported("another"):
+        other_began.set()
+        thread.join()
+    time.sleep(1.2)
+    assert not caplog.records
 
 
 @pytest.mark.slow
