@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -160,6 +161,25 @@ def test_loader_processes_outlive_the_signals_of_the_run():
         os.kill(pid, number)
     assert len(list(iterator)) == 99 and state(pid) != "Z"
     lifeline.close()
+
+
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_a_batch_that_cannot_be_sent_ends_its_loader_process(context, capfd, monkeypatch):
+    """As with full shared memory, the queue's thread meets the error, here of what cannot be pickled. Otherwise the
+    batch would be waited for until `timeout`, whose error is another."""
+    monkeypatch.setattr(logging.getLogger("finetune"), "handlers", [logging.StreamHandler()])
+    lifeline = Lifeline()
+    loader = DataLoader(Numbers(), collate_fn=in_a_function, num_workers=1, timeout=60, multiprocessing_context=context)
+    lifeline.give_to(loader)
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        next(iter(loader))
+    lifeline.close()
+    assert "loader process 0 cannot send a batch: " in capfd.readouterr().err
+
+
+def in_a_function(items: list) -> object:
+    """A batch that no other process can be sent."""
+    return lambda: items
 
 
 def test_what_is_needed():
