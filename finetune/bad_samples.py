@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.checkpoints import newest_complete
+from finetune.checkpoints import newest_complete, optimizer_kind
 from finetune.checks import find_problems, report_problems
 from finetune.dataset import Problem, SupervisedDataset
 from finetune.errors import UserError, is_main_of_node, over_processes, rank, shown
@@ -101,12 +101,15 @@ class BadSamples:
         saved = (
             f"the newest checkpoint is {checkpoint}" if checkpoint else "no step was finished, there is no checkpoint"
         )
+        anew = checkpoint is not None and optimizer_kind(checkpoint) is None
+        if anew:
+            saved += ", which cannot be resumed from (--save_only_model): the command begins anew"
         flags = {"bad_samples": "skip"}
         if (fraction := self._fraction_needed()) > self.max_fraction:
             flags["max_bad_fraction"] = fraction
         return UserError(
             f"{what}:\n{report_problems(self._found)}\nThe run ended after step {step}; {saved}. To go on without, or "
-            f"mend the data and leave out --bad_samples:\n{resume_command(sys.argv, **flags)}"
+            f"mend the data and leave out --bad_samples:\n{resume_command(sys.argv, anew, **flags)}"
         )
 
     def _fraction_needed(self) -> float:

@@ -442,11 +442,12 @@ def die_with_launcher() -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def resume_command(argv: Sequence[str], **flags: object) -> str:
+def resume_command(argv: Sequence[str], anew: bool = False, **flags: object) -> str:
     """The command that goes on with this run from its newest checkpoint.
 
     Args:
         argv: the program and its flags, as in sys.argv.
+        anew: begin from the first step again instead, and move what is there aside.
         flags: by name, in the place of those that the run had.
     """
     replaced = ("--resume_from_checkpoint", "--overwrite_output_dir", *(f"--{name}" for name in flags))
@@ -461,7 +462,7 @@ def resume_command(argv: Sequence[str], **flags: object) -> str:
             skip = False
             words.append(word)
     words += [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-    words += ["--resume_from_checkpoint", "true"]
+    words += ["--overwrite_output_dir" if anew else "--resume_from_checkpoint", "true"]
     start = [sys.executable]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         each = int(os.environ["LOCAL_WORLD_SIZE"])

@@ -141,6 +141,16 @@ def test_the_command_allows_for_bad_pictures_that_no_step_has_met(run, data, tmp
     assert len(losses(tmp_path / "out")) == 3
 
 
+def test_the_command_begins_anew_where_the_checkpoint_cannot_be_resumed(run, data, tmp_path):
+    damage(data, 9)
+    with pytest.raises(UserError, match=r"checkpoint-4, which cannot be resumed from \(--save_only_model\)") as caught:
+        run("out", data, "--save_only_model", "true")
+    words = command_in(str(caught.value))
+    assert "--resume_from_checkpoint" not in words
+    train(words)
+    assert record(tmp_path / "out") == [("train", 9, "s9", False)] and len(losses(tmp_path / "out")) == 8
+
+
 def gone(path: Path) -> None:
     path.unlink()
 
