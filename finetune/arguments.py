@@ -25,8 +25,9 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 
 from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.checks import loader_processes
+from finetune.deepspeed_file import GATHER, content_problem, saves_no_model
 from finetune.errors import ProcessError, UserError, is_main_of_node
-from finetune.flags import DIVIDED, combination_problems, environment_problems, refusal, wrong_values
+from finetune.flags import combination_problems, environment_problems, refusal, wrong_values
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
     SETTINGS_NAME,
@@ -50,7 +51,7 @@ from finetune.model_folder import (
 from finetune.places import at_home, contains, output_problems
 from finetune.result_folder import described
 from finetune.run_lock import run_at_work
-from finetune.zero import GATHER, saves_no_model, without_communication
+from finetune.zero import without_communication
 
 logger = logging.getLogger("finetune")
 
@@ -388,7 +389,7 @@ def parse_arguments(
     # A flag with a problem is left out of the parse, which would stop at it, so that the other problems are found and
     # reported together with this one.
     files = [values for flag, values in given if flag == "--deepspeed" and values]
-    if files and (problem := _deepspeed_problem(files[-1][0])):
+    if files and (problem := content_problem(files[-1][0])):
         problems.append(problem)
         given = _without(given, "--deepspeed")
     flags = [flag for flag, _ in given]
@@ -461,27 +462,6 @@ def _given_flags(argv: list[str]) -> list[tuple[str, list[str]]]:
 
 def _without(given: list[tuple[str, list[str]]], flag: str) -> list[tuple[str, list[str]]]:
     return [(name, values) for name, values in given if name != flag]
-
-
-def _deepspeed_problem(path: str) -> str | None:
-    if not Path(path).is_file():
-        return f"--deepspeed {path}: there is no such file"
-    try:
-        config = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        return f"--deepspeed {path}: is not valid JSON ({error})"
-    if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-        return f"--deepspeed {path}: is no DeepSpeed configuration, which is an object with objects in it"
-    if "scheduler" in config:
-        return (
-            f'--deepspeed {path}: has a "scheduler" block, which would replace --lr_scheduler_type and '
-            "--warmup_ratio without a word; remove the block"
-        )
-    for block, size in (("tensor_parallel", "autotp_size"), ("sequence_parallel_size", None)):
-        value = config.get(block)
-        if (value.get(size, 0) if isinstance(value, dict) else value) not in (None, 0, 1):
-            return f'--deepspeed {path}: "{block}" is not supported: {DIVIDED}; remove it'
-    return None
 
 
 def add_image_folder(parser: argparse.ArgumentParser) -> None:

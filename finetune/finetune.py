@@ -50,6 +50,7 @@ from finetune.checks import (
 )
 from finetune.data_files import load_samples
 from finetune.dataset import SampleError, SupervisedDataset, data_collator
+from finetune.deepspeed_file import setting_problems
 from finetune.errors import ProcessError, UserError, is_main_of_node, over_processes
 from finetune.extensions import build_problems, say_builds
 from finetune.flags import hub_problem, optimizer_problem, scheduler_problem
@@ -80,7 +81,7 @@ from finetune.resume_check import ANEW, fit_problems
 from finetune.run_lock import only_run_in
 from finetune.safe_files import code_in
 from finetune.trainer import CPMTrainer
-from finetune.zero import GROUP_ELEMENTS, file_problems
+from finetune.zero import GROUP_ELEMENTS
 
 logger = logging.getLogger("finetune")
 
@@ -425,9 +426,9 @@ def _trial_problems(
             "nothing would be trained; look at --tune_vision, --tune_llm, --tune_resampler, --tune_embed_tokens"
         )
         return problems, None
+    problems += setting_problems(args, model)
     if look_at_disk:
         problems += checkpoint_room_problem(model, args, base)
-    problems += file_problems(args, model)
     return [*problems, *filter(None, [optimizer_problem(args, model), scheduler_problem(args)])], model
 
 

@@ -7,14 +7,12 @@ and in a run of one process all gradients travel through buckets for nothing.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
-GATHER = "stage3_gather_16bit_weights_on_model_save"
 GROUP_ELEMENTS = 2**26  # 384 MiB of copies in bfloat16 runs; checkpoints are divided likewise
 
 
@@ -29,37 +27,6 @@ def without_communication(config: dict) -> dict:
     if zero.get("stage") not in (1, 2) or offloaded:
         return config
     return {**config, "zero_optimization": {**zero, "overlap_comm": False, "contiguous_gradients": False}}
-
-
-def saves_no_model(config: dict) -> bool:
-    """Whether it is ZeRO-3 without the gathering of weights, whose default is not to save them."""
-    zero = config.get("zero_optimization", {})
-    return zero.get("stage") == 3 and not zero.get(GATHER)
-
-
-def file_problems(args: TrainingArguments, model: nn.Module) -> list[str]:
-    """What DeepSpeed, or transformers in its name, would refuse in the DeepSpeed file of a run, one line each.
-
-    Args:
-        model: without values; settings "auto" go by its configuration.
-    """
-    if not args.deepspeed:
-        return []
-    from deepspeed.runtime.config import DeepSpeedConfig  # only where DeepSpeed runs anyway: its import is slow
-
-    filled = copy.deepcopy(args.hf_deepspeed_config)
-    if filled.mismatches:
-        flags = [" ".join(mismatch.strip(" -").split()) for mismatch in filled.mismatches]
-        return [
-            f'--deepspeed: the file (ds) and the flags (hf) differ: {flag}; write "auto" in the file' for flag in flags
-        ]
-    try:
-        filled.trainer_config_finalize(args, model, num_training_steps=1)
-        filled.config.pop("train_batch_size", None)  # of all processes, of which DeepSpeed does not know yet
-        DeepSpeedConfig(filled.config)
-    except Exception as error:  # pydantic's, DeepSpeed's own, and those of whatever a wrong value leads to
-        return [f"--deepspeed: DeepSpeed refuses the file: {' '.join(str(error).split()):.300}"]
-    return []
 
 
 def split_param_groups(optimizer: torch.optim.Optimizer, most: int) -> None:

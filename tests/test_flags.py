@@ -179,10 +179,21 @@ def test_numbers_of_steps_that_are_not_used_may_be_anything(run):
     ("content", "said"),
     [
         ({"train_micro_batch_size_per_gpu": 4}, "differ: ds train_micro_batch_size_per_gpu=4 vs hf per_device_train"),
-        ({"zero_optimization": {"stage": 7}}, "DeepSpeed refuses the file"),
+        ({"zero_optimization": {"stage": 7}}, "zero_optimization.stage: found 7, expected 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 2, "some": 1}}, "DeepSpeed refuses the file"),
         ({"tensor_parallel": {"autotp_size": 2}}, '"tensor_parallel" is not supported'),
         ({"sequence_parallel_size": 2}, '"sequence_parallel_size" is not supported'),
+        ({"zero_optimization": None}, "zero_optimization: found null, expected an object"),
+        ({"zero_optimization": {"stage": "2"}}, 'zero_optimization.stage: found "2", expected 0, 1, 2 or 3'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}, 'offload_optimizer: found "cpu", expected'),
+        ({"zero_optimization": {"stage": 3, "offload_param": ["cpu"]}}, 'offload_param: found ["cpu"], expected'),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}}, "DeepSpeed refuses the file"),
+        ({"optimizer": "AdamW"}, 'optimizer: found "AdamW", expected an object'),
+        ({"optimizer": None}, "optimizer: found null, expected an object"),
+        ({"optimizer": {"type": "AdamW", "params": None}}, "optimizer.params: found null, expected an object"),
+        ({"optimizer": {"params": {}}}, 'the "optimizer" block has no type'),
+        ({"fp16": True}, "fp16: found true, expected an object"),
+        ({"bf16": "auto"}, 'bf16: found "auto", expected an object'),
         ({"optimizer": {"type": "AdamW"}}, 'the "optimizer" block of the DeepSpeed file would replace it'),
     ],
 )
@@ -191,6 +202,23 @@ def test_a_deepspeed_file_that_does_not_fit(refusals, tmp_path, content, said):
     file.write_text(json.dumps({**json.loads(SHIPPED.read_text()), **content}))
     lines = refusals(f"--deepspeed {file} --optim adamw_torch")
     assert len(lines) == 1 and said in lines[0], lines
+
+
+@pytest.mark.parametrize(
+    ("block", "said"),
+    [
+        ({"type": "Some"}, 'the type of its "optimizer", Some, is neither'),
+        ({"type": "lr_scheduler"}, 'the type of its "optimizer", lr_scheduler, is neither'),
+        ({"type": "AdamW", "params": {"some": 1}}, "unexpected keyword argument 'some'"),
+        ({"type": "AdamW", "params": {"torch_adam": True, "bias_correction": True}}, "bias_correction"),
+        ({"type": "SGD", "params": {"momentum": -1}}, "Invalid momentum value"),
+    ],
+)
+def test_an_optimizer_that_deepspeed_would_refuse(refusals, tmp_path, block, said):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({**json.loads(SHIPPED.read_text()), "optimizer": block}))
+    lines = refusals(f"--deepspeed {file}")
+    assert len(lines) == 1 and "DeepSpeed refuses the file" in lines[0] and said in lines[0], lines
 
 
 @pytest.mark.slow
