@@ -32,6 +32,7 @@ LORA_FLAGS = (
 )
 TUNE_FLAGS = ("tune_vision", "tune_resampler", "tune_embed_tokens", "tune_llm")
 GROUP_FLAGS = ("vision_learning_rate",)
+KNOWN = ("torch", "transformers")  # packages whose optimizers save what they keep by its name
 OTHERS_TRAIN = ("tune_resampler", "tune_llm", "use_lora")  # than the vision tower
 
 
@@ -194,25 +195,31 @@ def _optimizer_problem(saved: Checkpoint, args: transformers.TrainingArguments, 
     """Where the optimizer keeps other things than those of the checkpoint."""
     if saved.optimizer is None or "optimizer" in (args.deepspeed or {}):
         return None
+    then = saved.flags.get("optim")
+    if then == args.optim.value and saved.flags.get("optim_args") == args.optim_args:
+        return None
     kept, wanted = saved.state_names, _state_names(args, model)
-    if wanted is None or (kept <= wanted and bool(kept) == bool(wanted)):
+    if wanted is None:
+        return f"holds the state of --optim {then}" if then not in (None, args.optim.value) else None
+    if kept <= wanted and bool(kept) == bool(wanted):
         return None
     found = ", ".join(sorted(kept)) or "nothing"
     return f"holds the state of another optimizer than --optim {args.optim.value} (it keeps {found} of each tensor)"
 
 
 def _state_names(args: transformers.TrainingArguments, model: torch.nn.Module) -> set[str] | None:
-    """What the run's optimizer keeps of tensors, found by a step of it; None: it cannot be tried."""
+    """What the run's optimizer keeps of tensors, found by a step of it; None: not to be told, as of other packages',
+    which keep other things of small tensors and save them in forms of their own (bitsandbytes)."""
     try:
         kind, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
-        if any(name in settings for name in MADE_OF_MODEL):
+        if any(name in settings for name in MADE_OF_MODEL) or kind.__module__.partition(".")[0] not in KNOWN:
             return None
         tried = [torch.zeros(2, 2, requires_grad=True), torch.zeros(2, requires_grad=True)]
         optimizer = kind(tried, **settings)
         for parameter in tried:
             parameter.grad = torch.zeros_like(parameter)
         optimizer.step()
-    except Exception:  # of optimizers that run on GPUs only, each in its own way; the run says it
+    except Exception:  # each in its own way; the run says it
         return None
     names = {name for of_tensor in optimizer.state.values() for name in of_tensor}
     return names - {"step"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import PATIENCE, ROOT, launch, losses, outcome
 from safetensors.torch import load_file, save_file
 
@@ -97,6 +98,33 @@ def test_the_same_in_other_words_goes_on(runs, tiny, data_file, tmp_path, flags)
     base = ("--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", folder)
     finetune.train([*map(str, base), *RUN.split(), *RESUME.split(), *flags.split(), "--optim", "adamw_torch"])
     assert len(losses(folder)) == 2
+
+
+class Packed(torch.optim.Adam):
+    """Saves its state in a form of its own, as the optimizers of bitsandbytes do."""
+
+    __module__ = "another_package.optim"
+
+    def state_dict(self) -> dict:
+        saved = super().state_dict()
+        return {**saved, "state": {number: {"packed": kept} for number, kept in saved["state"].items()}}
+
+    def load_state_dict(self, saved: dict) -> None:
+        super().load_state_dict({**saved, "state": {number: kept["packed"] for number, kept in saved["state"].items()}})
+
+
+def test_an_optimizer_of_another_package_goes_on(tiny, data_file, tmp_path, monkeypatch, capsys):
+    def made(args: transformers.TrainingArguments, *_) -> tuple:
+        return Packed, {"lr": args.learning_rate}
+
+    monkeypatch.setattr(transformers.Trainer, "get_optimizer_cls_and_kwargs", staticmethod(made))
+    base = ["--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", tmp_path]
+    words = [str(word) for word in (*base, *RUN.split(), *LORA.split())]
+    finetune.train([*words, "--max_steps", "1"])
+    finetune.train([*words, *RESUME.split()])
+    assert len(losses(tmp_path)) == 2
+    status, lines = outcome(finetune.train, [*words, *RESUME.split(), "--optim", "sgd"], capsys)
+    assert status == 1 and "holds the state of --optim adamw_torch_fused: it was saved with --optim" in lines[-1]
 
 
 @pytest.mark.parametrize("stage", [2, 3])
