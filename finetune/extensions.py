@@ -4,6 +4,7 @@ stop or hang the build is found before weights load."""
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import shutil
 import sys
@@ -18,8 +19,13 @@ from finetune.errors import is_main_of_node
 
 logger = logging.getLogger("finetune")
 
-QUIET = 600  # seconds without a change in a folder that is being built in; one file takes less than a minute
 LOCK = "lock"
+QUIET = 600.0  # seconds without a change after which a build that may be another machine's is over
+QUIET_HERE = 10.0  # likewise, where all who build are processes that can be seen; they leave the folder for moments
+LOOK_EVERY = 0.5  # seconds
+OWN_DISKS = ("overlay", "tmpfs")  # of a container, which no other has
+MACHINES_DISKS = ("ext4", "xfs", "ext3", "ext2", "f2fs")
+FIRST_NAMESPACE = "pid:[4026531836]"  # <linux/proc_ns.h>: outside of containers, where all processes are seen
 
 
 def needed_extensions(config: Mapping, on_cpu: bool) -> list[str]:
@@ -72,9 +78,9 @@ def build_problems(args: TrainingArguments) -> list[str]:
         return [f"DeepSpeed cannot compile its extensions: {error}; set TORCH_EXTENSIONS_DIR to a folder of yours"]
     problems = [
         f"{folder / LOCK}: DeepSpeed waits for ever for the build of {name} that this file stands for, which was "
-        "killed: no process works on it, and nothing in its folder has changed for 10 minutes. Remove the file"
+        "killed: no process works on it, and nothing changes in its folder. Remove the file"
         for name, folder in folders.items()
-        if _is_locked(folder) and _is_abandoned(folder)
+        if _is_locked(folder) and _is_abandoned(name, folder)
     ]
     missing = [name for name, folder in folders.items() if not _library(folder).is_file()]
     if missing and not is_ninja_available():
@@ -107,14 +113,51 @@ def _is_locked(folder: Path) -> bool:
     return hasattr(cpp_extension, "FileBaton") and (folder / LOCK).exists()
 
 
-def _is_abandoned(folder: Path) -> bool:
-    """Whether nobody builds in a folder any more: no process of this machine is in it, as ninja and its compilers are,
-    and, since another machine may share the disk, nothing has changed there for long."""
-    newest = max((path.stat().st_mtime for path in [folder, *folder.iterdir()]), default=0)
-    if time.time() - newest < QUIET:
-        return False
+def _is_abandoned(name: str, folder: Path) -> bool:
+    """Waits for the end of the build that a lock stands for, or until nobody can be at it any more: no process of this
+    machine is in the folder, as ninja and its compilers are, and nothing has changed there for some time, which is long
+    where processes may build that cannot be seen."""
+    quiet = QUIET_HERE if _is_ours_alone(folder) else QUIET
+    said, seen, since = False, None, time.monotonic()
+    while _is_locked(folder):
+        changed = _changed(folder)
+        if changed != seen or _is_worked_in(folder):
+            seen, since = changed, time.monotonic()
+        if time.monotonic() - since >= quiet or (time.time() - changed >= QUIET and not _is_worked_in(folder)):
+            return True
+        if not said and is_main_of_node():
+            logger.warning("%s is there: waiting for another run that compiles %s", folder / LOCK, name)
+        said = True
+        time.sleep(LOOK_EVERY)
+    return False
+
+
+def _changed(folder: Path) -> float:
+    """When something in a folder last changed, as its files say."""
+    times = [0.0]
+    for path in [folder, *folder.glob("*")]:
+        with suppress(OSError):  # gone meanwhile
+            times.append(path.stat().st_mtime)
+    return max(times)
+
+
+def _is_worked_in(folder: Path) -> bool:
     for place in Path("/proc").glob("[0-9]*/cwd"):
         with suppress(OSError):  # of other users, or gone
             if place.samefile(folder):
-                return False
-    return True
+                return True
+    return False
+
+
+def _is_ours_alone(folder: Path) -> bool:
+    """Whether whoever works in a folder is a process that is seen here: its disk is no other machine's, nor that of
+    another container, as far as can be told."""
+    disk = folder.stat().st_dev
+    device = f"{os.major(disk)}:{os.minor(disk)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+        outside = str(Path("/proc/self/ns/pid").readlink()) == FIRST_NAMESPACE
+    except OSError:  # no Linux
+        return False
+    kinds = {line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == device}
+    return bool(kinds) and kinds <= {*OWN_DISKS, *(MACHINES_DISKS if outside else ())}

@@ -13,6 +13,7 @@ import pytest
 from conftest import PATIENCE, ROOT, launch, outcome
 from torch.utils import cpp_extension
 
+from finetune import extensions as module
 from finetune import finetune
 from finetune.extensions import needed_extensions
 from finetune.minicpmv import MiniCPMV
@@ -54,27 +55,55 @@ def test_a_build_is_announced_once(extensions, start):
     assert "compiles" not in start()
 
 
-@pytest.mark.parametrize("old_torch", [True, False])
-def test_a_lock_that_nobody_holds(extensions, start, monkeypatch, old_torch):
-    """PyTorch before 2.14 waits for ever for a file that a killed build leaves; later ones do not."""
-    if old_torch:
-        monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
-    else:
-        monkeypatch.delattr(cpp_extension, "FileBaton", raising=False)
+@pytest.fixture
+def lock(extensions, monkeypatch) -> Path:
+    """What a killed build leaves with PyTorch before 2.14, which waits for ever for its end."""
+    monkeypatch.setattr(cpp_extension, "FileBaton", object, raising=False)
+    monkeypatch.setattr(module, "QUIET_HERE", 1.0)
+    monkeypatch.setattr(module, "LOOK_EVERY", 0.05)
     folder = extensions / "deepspeed_shm_comm"
     folder.mkdir(parents=True)
     (folder / "lock").touch()
-    assert "would load" in start(), "another process of the same run may hold it"
-    for path in (folder / "lock", folder):
-        os.utime(path, (LONG_AGO, LONG_AGO))
+    return folder / "lock"
+
+
+@pytest.mark.parametrize("age", ["just now", "long ago"])
+def test_a_lock_that_nobody_holds(lock, start, monkeypatch, age):
+    if age == "long ago":
+        monkeypatch.setattr(module, "_is_ours_alone", lambda _: False)
+        for path in (lock, lock.parent):
+            os.utime(path, (LONG_AGO, LONG_AGO))
     said = start()
-    assert (f"{folder / 'lock'}: DeepSpeed waits for ever" in said and "Remove the file" in said) == old_torch
-    assert ("would load" in said) == (not old_torch)
-    builder = subprocess.Popen([sys.executable, "-c", "input()"], cwd=folder, stdin=subprocess.PIPE)
-    try:
-        assert "would load" in start()
-    finally:
-        builder.communicate(b"\n")
+    assert f"{lock}: DeepSpeed waits for ever" in said and "Remove the file" in said and "would load" not in said
+    assert ("waiting for another run that compiles deepspeed_shm_comm" in said) == (age == "just now")
+
+
+@pytest.mark.usefixtures("lock")
+def test_a_lock_of_later_versions_stands_for_nothing(start, monkeypatch):
+    monkeypatch.delattr(cpp_extension, "FileBaton")
+    assert "would load" in start()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_build_that_goes_on_is_waited_for(lock, start, monkeypatch, shared):
+    """On a disk of this machine for its processes, on another for changes; it ends here after the patience for either
+    without them is over several times."""
+    monkeypatch.setattr(module, "_is_ours_alone", lambda _: not shared)
+    if shared:
+        monkeypatch.setattr(module, "QUIET", 1.0)
+    builds = "import os, pathlib, sys, time\nos.chdir(sys.argv[1])\nfor n in range(int(sys.argv[2])):\n"
+    builds += "    time.sleep(0.3)\n    pathlib.Path(sys.argv[3], f'{n}.o').touch()\nos.remove(sys.argv[4])\n"
+    place, elsewhere = (lock.parents[1], lock.parent) if shared else (lock.parent, lock.parents[1])
+    where = lock.parent if shared else elsewhere
+    with subprocess.Popen([sys.executable, "-c", builds, place, "10", where, lock]) as builder:
+        said = start()
+    assert builder.returncode == 0 and not lock.exists() and "would load" in said
+
+
+def test_whose_disk_a_folder_is_on():
+    """The shared memory of a machine is its own; of what is no disk at all nothing is known."""
+    assert module._is_ours_alone(Path("/dev/shm"))
+    assert not module._is_ours_alone(Path("/proc"))
 
 
 def test_nothing_to_compile_with(extensions, start, monkeypatch):
