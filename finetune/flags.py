@@ -321,9 +321,16 @@ def combination_problems(args: transformers.TrainingArguments, given: Collection
     if (args.load_best_model_at_end or by_best) and not evaluates:
         flag = "--save_strategy best" if by_best else "--load_best_model_at_end true"
         problems.append(f"{flag} needs --eval_data_path, and --eval_strategy steps or epoch")
+    elif "--metric_for_best_model" in given and not evaluates:
+        problems.append(f"--metric_for_best_model {best} needs --eval_data_path, and --eval_strategy steps or epoch")
     if args.eval_on_start and not evaluates:
         problems.append("--eval_on_start true needs --eval_data_path, and --eval_strategy steps or epoch")
     name = (best or "loss").removeprefix("eval_")
+    if best is None and args.greater_is_better is not None:
+        problems.append(
+            f"--greater_is_better {_shown(args.greater_is_better)} needs a choice: --load_best_model_at_end true, "
+            "--save_strategy best or --metric_for_best_model"
+        )
     if best and name in ("loss", *METRICS) and args.greater_is_better != (name != "loss"):
         better = "least" if name == "loss" else "greatest"
         problems.append(f"--greater_is_better {_shown(args.greater_is_better)}: the {better} {name} is the best")
@@ -412,15 +419,32 @@ def optimizer_problem(args: transformers.TrainingArguments, model: torch.nn.Modu
         kind, settings = transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
         if not any(name in settings for name in MADE_OF_MODEL):
             kind([torch.zeros(1, requires_grad=True)], **settings)
-        if args.optim_args and (kind, settings) == _without_optim_args(args, model):
-            return f"{named}: this optimizer takes nothing of that; leave --optim_args out"
+        if unread := [name for name in _names_of(args.optim_args) if not _is_read(name, args, model)]:
+            return f"{named}: this optimizer takes no {', '.join(unread)}; leave it out of --optim_args"
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, AssertionError) as error:
         return f"{named}: {_one_line(error)}"  # a package that it needs, among others
     return None
 
 
-def _without_optim_args(args: transformers.TrainingArguments, model: torch.nn.Module) -> tuple:
-    given, args.optim_args = args.optim_args, None
+def _names_of(optim_args: str | None) -> list[str]:
+    return [part.partition("=")[0].strip() for part in (optim_args or "").split(",") if part]
+
+
+def _is_read(name: str, args: transformers.TrainingArguments, model: torch.nn.Module) -> bool:
+    """Whether transformers looks at a setting of `--optim_args`: of two values, a number and none, one must make a
+    difference, or be refused."""
+    without = _optimizer_of(None, args, model)
+    for value in ("1", "none"):
+        try:
+            if _optimizer_of(f"{name}={value}", args, model) != without:
+                return True
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return True
+    return False
+
+
+def _optimizer_of(optim_args: str | None, args: transformers.TrainingArguments, model: torch.nn.Module) -> tuple:
+    given, args.optim_args = args.optim_args, optim_args
     try:
         return transformers.Trainer.get_optimizer_cls_and_kwargs(args, model)
     finally:

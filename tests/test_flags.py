@@ -121,6 +121,9 @@ def test_all_wrong_flags_are_reported_together(refusals):
         (f"--do_eval false {EVALUATES}", "--do_eval false with --eval_strategy steps: leave one of them out"),
         ("--save_strategy best", "--save_strategy best needs --eval_data_path"),
         ("--load_best_model_at_end true", "--load_best_model_at_end true needs --eval_data_path"),
+        ("--greater_is_better true", "--greater_is_better true needs a choice: --load_best_model_at_end true"),
+        (f"{EVALUATES} --greater_is_better false", "--greater_is_better false needs a choice"),
+        ("--metric_for_best_model loss", "--metric_for_best_model loss needs --eval_data_path, and --eval_strategy"),
         (f"{EVALUATES} --save_strategy best --greater_is_better true", "the least loss is the best"),
         (
             f"{EVALUATES} --save_strategy best --greater_is_better false --predict_with_generate true "
@@ -144,8 +147,10 @@ def test_all_wrong_flags_are_reported_together(refusals):
         ("--lr_scheduler_kwargs '{{\"some\"'", "cannot be taken: Expecting ':'"),
         ("--lr_scheduler_type constant --lr_scheduler_kwargs '{{\"a\": 1}}'", "this schedule takes none"),
         ("--optim_args momentum", "expected NAME=VALUE"),
-        ("--optim_args some=1", "this optimizer takes nothing of that"),
-        ("--optim adafactor --optim_args scale_parameter=False", "this optimizer takes nothing of that"),
+        ("--optim_args some=1", "this optimizer takes no some"),
+        ("--optim adafactor --optim_args scale_parameter=False", "this optimizer takes no scale_parameter"),
+        ("--optim sgd --optim_args momentum=0.5,nestrov=true", "this optimizer takes no nestrov; leave it out"),
+        ("--optim sgd --optim_args momentum=half", "could not convert string to float: 'half'"),
         ("--gradient_checkpointing true --gradient_checkpointing_kwargs '{{\"a\": 1}}'", "cannot be taken: "),
         ("--gradient_checkpointing_kwargs some", "expected JSON like"),
         ("--accelerator_config '{{\"split_batches\": true}}'", "deals out the samples itself"),
@@ -287,7 +292,8 @@ def test_the_hub_is_asked_before_training_and_only_then(refusals, monkeypatch):
          "--eval_accumulation_steps 1 --per_device_eval_batch_size 3 --save_strategy best --save_only_model true "
          "--do_train true --do_eval true", 3),
         (f"{EVALUATES} --lr_scheduler_type reduce_lr_on_plateau --save_strategy steps --save_steps 1 --do_train "
-         "--load_best_model_at_end true --save_total_limit 1 --save_on_each_node true --use_cache true", 2),
+         "--load_best_model_at_end true --save_total_limit 1 --save_on_each_node true --use_cache true "
+         "--optim sgd --optim_args momentum=0,nesterov=false", 2),  # values that it has by itself
         # of loaders and logs
         ("--dataloader_num_workers 1 --dataloader_prefetch_factor 1 --dataloader_persistent_workers false "
          "--dataloader_multiprocessing_context fork --dataloader_drop_last true --dataloader_in_order true "
