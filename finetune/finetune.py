@@ -76,7 +76,7 @@ from finetune.model_folder import adapter_fit, described_weights, empty_adapter,
 from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.result_folder import files_of_result
-from finetune.resume import flags_of, recorded_flags, say_changes, schedule_problems
+from finetune.resume import GIVEN, recorded_flags, say_changes, schedule_problems
 from finetune.resume_check import ANEW, fit_problems
 from finetune.run_lock import only_run_in
 from finetune.safe_files import code_in
@@ -175,11 +175,12 @@ def _train(
         "processes": args.world_size,
     }
     settings = settings_record({"model": model_args, "data": data_args, "training": args, "lora": lora_args}, resolved)
+    settings[GIVEN] = args.flags_given
     if args.use_lora:  # so that merging can tell whether it is given the same base
         settings["base_weights"] = _sampled_base(model_args.model_name_or_path, args.cache_dir)
     logger.info("settings: %s", ", ".join(f"{name} {value}" for name, value in resolved.items()))
     if checkpoint is not None:
-        say_changes(recorded_flags(checkpoint), flags_of(settings))
+        say_changes(read_record(Path(checkpoint, SETTINGS_NAME)), settings)
     logger.info("parameters\n%s", parameter_table(model))
 
     bad = BadSamples(

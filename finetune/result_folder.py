@@ -97,5 +97,7 @@ def _matching(folder: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def _newest(files: Sequence[Path]) -> str:
-    newest = max(files, key=lambda file: file.stat().st_mtime)
+    """The newest file of those by which a result is known, with its time."""
+    main = [file for file in files if file.name not in (ADAPTER_CONFIG_NAME, EXTRA_WEIGHTS_NAME)]
+    newest = max(main or files, key=lambda file: file.stat().st_mtime)
     return f"{newest.name}, of {time.strftime('%Y-%m-%d %H:%M', time.localtime(newest.stat().st_mtime))}"

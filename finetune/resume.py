@@ -28,6 +28,8 @@ KERNELS = ("fused", "foreach", "capturable")  # ways to compute a step, which ar
 OF_ALL = ("lr", "initial_lr", "weight_decay", *KERNELS)  # settings of every optimizer's groups
 OF_THE_CALL = ("output_dir", "resume_from_checkpoint", "overwrite_output_dir", "local_rank")
 """flags that are no setting of the training"""
+OF_THE_MACHINE = ("bf16", "fp16")  # flags that are set by what it can, where they are not given
+GIVEN = "flags_given"  # in training_settings.json: flags of the command line, with their dashes
 
 
 def settings_of_groups(optimizer: torch.optim.Optimizer, names: Collection[str]) -> list[dict]:
@@ -108,14 +110,29 @@ def schedule_problems(before: Mapping, args: TrainingArguments) -> list[str]:
 
 
 def say_changes(before: Mapping, now: Mapping) -> None:
-    """One line on each machine with the flags that are not those of the run so far; arguments: flags by name."""
+    """One line on each machine with the flags that are not those of the run so far: of those that were given to one of
+    the runs, the others are defaults, which may be made to fit (lengths, loader processes).
+
+    Args:
+        before, now: as in `training_settings.json`; of an earlier version's, any flag may have been given.
+    """
+    old, new = flags_of(before), flags_of(now)
+    given = {*old, *new}
+    if GIVEN in before:
+        given = {*OF_THE_MACHINE, *(flag.removeprefix("--") for flag in (*before[GIVEN], *now[GIVEN]))}
     changed = [
-        f"--{name} {now[name]} (was {value})"
-        for name, value in before.items()
-        if name in now and now[name] != value and name not in OF_THE_CALL
+        _change(name, value, new[name])
+        for name, value in old.items()
+        if name in new and new[name] != value and name in given and name not in OF_THE_CALL
     ]
     if changed and is_main_of_node():
         logger.warning("the run goes on with other flags than it had: %s", ", ".join(changed))
+
+
+def _change(name: str, then: object, now: object) -> str:
+    if isinstance(then, Mapping) and isinstance(now, Mapping):  # the content of a DeepSpeed file
+        return f"--{name} (another {', '.join(key for key in {**then, **now} if then.get(key) != now.get(key))})"
+    return f"--{name} {now} (was {then})"
 
 
 def find_best(state: TrainerState, args: TrainingArguments, checkpoint: str | os.PathLike) -> None:

@@ -23,6 +23,7 @@ FLAGS = (
     *("--batch_size", 2, "--max_steps", 1, "--max_slice_nums", 1, "--report_to", "none", "--disable_tqdm", "true"),
     *("--dataloader_num_workers", 0, "--save_strategy", "no"),
 )
+MAIN_FILE = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}
 METHODS = {"lora": ("--use_lora", "true", "--lora_r", 4), "full": ("--tune_llm", "true")}
 KINDS = {"lora": ADAPTER, "full": WHOLE}
 
@@ -52,7 +53,8 @@ def test_a_result_is_not_written_over_or_beside_another(first, second, call, tmp
         status, lines = outcome(train, words, capsys)
         assert status == 1
         (line,) = [line for line in lines if "one result" in line]
-        assert line.startswith(f"--output_dir {folder} holds {KINDS[first]} (") and "--overwrite_output_dir" in line
+        assert line.startswith(f"--output_dir {folder} holds {KINDS[first]} ({MAIN_FILE[first]}, of ")
+        assert "--overwrite_output_dir" in line
         assert contents(folder) == before
     (folder / "mine.txt").write_text("notes")
     train(call(second, "--overwrite_output_dir", "true"))
@@ -107,7 +109,7 @@ def test_a_folder_that_is_both_is_not_loaded(last, tiny, tmp_path, capsys):
     both = write_adapter(tiny["llama3"], tmp_path / "both")
     for name in ("config.json", "model.safetensors"):
         shutil.copy(tiny["llama3"] / name, both)
-    newest = {"lora": "adapter_model.safetensors", "full": "model.safetensors"}[last]
+    newest = MAIN_FILE[last]
     for file in both.iterdir():
         os.utime(file, (10**9 + (file.name == newest),) * 2)
     told = f"{KINDS[last]} is newer"

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from finetune.finetune import train
-from finetune.resume import apply_settings, settings_of_groups
+from finetune.resume import apply_settings, say_changes, settings_of_groups
 from finetune.trainer import CPMTrainer
 
 SAVED = 4  # steps of the run that is gone on with
@@ -100,7 +100,20 @@ def test_a_new_learning_rate_takes_effect(gone_on, started, caplog):
     assert [after[1], after[2]] == [before[1], before[2]]
     assert [after[3], after[4]] == pytest.approx([2 * before[3], 2 * before[4]])
     assert all(group["initial_lr"] == 2e-3 for group in optimizer_settings(folder / "checkpoint-4"))
-    assert "--learning_rate 0.002 (was 0.001)" in caplog.text
+    said = "the run goes on with other flags than it had: --learning_rate 0.002 (was 0.001)\n"
+    assert said in caplog.text
+
+
+def test_the_flags_that_are_said_to_change_were_given(caplog):
+    """Others are made to fit. Where an earlier version did not record which were given, all are compared."""
+    then = {"arguments": {"training": {"seed": 1, "workers": 4, "bf16": True, "max_steps": 2, "deepspeed": {"a": 1}}}}
+    now = {"arguments": {"training": {"seed": 2, "workers": 2, "bf16": False, "max_steps": 2, "deepspeed": {"a": 2}}}}
+    now["flags_given"] = ["--seed", "--deepspeed"]
+    said = "--seed 2 (was 1), {}--bf16 False (was True), --deepspeed (another a)\n"
+    for record, others in ({}, "--workers 2 (was 4), "), ({"flags_given": ["--max_steps"]}, ""):
+        caplog.clear()
+        say_changes({**then, **record}, now)
+        assert caplog.text.endswith(said.format(others))
 
 
 class Counting(torch.optim.SGD):
