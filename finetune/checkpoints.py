@@ -227,11 +227,16 @@ def newest_everywhere(output_dir: str | os.PathLike, writes: bool) -> str | None
         writes: whether this process may move folders (one on each disk).
 
     Raises:
-        UserError: in all of them, when each machine has one, but none that all have.
+        UserError: in all of them, when each machine has one, but none that all have, or when a folder cannot be moved.
     """
+    problem = None
     if writes:
-        _put_in_place(Path(output_dir))
-    over_processes(None)
+        try:
+            _put_in_place(Path(output_dir))
+        except OSError as error:
+            problem = f"--resume_from_checkpoint: a checkpoint that was saved whole cannot be put in its place: {error}"
+    for why in filter(None, over_processes(problem)):
+        raise UserError(why)
     found = checkpoint_steps(output_dir)
     faults = {step: fault(Path(folder)) for step, folder in found.items()}
     everyone = over_processes({step for step, why in faults.items() if why is None})

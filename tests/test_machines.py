@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -16,8 +17,8 @@ import torch
 from conftest import PATIENCE, ROOT, launch, launch_nodes, losses
 from safetensors.torch import load_file
 
-from finetune import checks
-from finetune.checkpoints import newest_everywhere
+from finetune import checkpoints, checks
+from finetune.checkpoints import newest_everywhere, write_manifest
 from finetune.data_files import load_samples
 from finetune.errors import UserError
 from finetune.finetune import _stop_on, train
@@ -140,6 +141,21 @@ def test_nodes_resume_the_newest_checkpoint_that_all_have(steps, agreed, tmp_pat
         assert all("no complete checkpoint in common" in text and "process 0: [2]" in text for text in found)
     else:
         assert found == [agreed and str(tmp_path / f"{rank}/checkpoint-{agreed}") for rank in range(2)]
+
+
+def test_a_checkpoint_that_cannot_be_put_in_its_place_ends_all(tmp_path, monkeypatch):
+    """It is moved by one of the processes, and would be waited for by the others."""
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    whole = tmp_path / "_incomplete" / "checkpoint-2"
+    whole.mkdir(parents=True)
+    (whole / "trainer_state.json").write_text("{}")
+    write_manifest(whole)
+    monkeypatch.setattr(checkpoints.os, "replace", full)
+    found = processes(lambda rank: newest_everywhere(tmp_path, writes=rank == 0), tmp_path / "store", 2, 2)
+    assert all("cannot be put in its place: [Errno 28] No space left" in text for text in found)
 
 
 def on_two_nodes(outputs: tuple[Path, Path], script: str, *flags: object, **variables: object) -> list:
