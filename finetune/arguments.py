@@ -25,8 +25,8 @@ from transformers.utils import is_flash_attn_2_available, is_liger_kernel_availa
 
 from finetune.checkpoints import fault, newest_complete, newest_everywhere
 from finetune.checks import loader_processes
-from finetune.deepspeed_file import GATHER, content_problem, saves_no_model
-from finetune.errors import ProcessError, UserError, is_main_of_node
+from finetune.deepspeed_file import content_problem, saving_models
+from finetune.errors import ProcessError, UserError
 from finetune.flags import combination_problems, environment_problems, refusal, wrong_values
 from finetune.loading import (
     ADAPTER_CONFIG_NAME,
@@ -270,13 +270,7 @@ class TrainingArguments(transformers.TrainingArguments):
             config = json.loads(Path(config).read_text(encoding="utf-8"))
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             config = without_communication(config)
-        if saves_no_model(config):
-            config = {**config, "zero_optimization": {**config["zero_optimization"], GATHER: True}}
-            if is_main_of_node():
-                logger.warning(
-                    'the DeepSpeed file lacks "%s": true, without which no model is saved: it is set', GATHER
-                )
-        return config
+        return saving_models(config)
 
     def _resolve_checkpointing(self) -> None:
         """One switch of transformers becomes two; what is said by its old name goes by `activation_checkpointing` where

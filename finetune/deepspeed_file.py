@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,7 +13,10 @@ import torch
 from torch import nn
 from transformers import TrainingArguments
 
+from finetune.errors import is_main_of_node
 from finetune.flags import DIVIDED
+
+logger = logging.getLogger("finetune")
 
 GATHER = "stage3_gather_16bit_weights_on_model_save"
 # Blocks that transformers, accelerate and this toolkit look into; True: null stands for none.
@@ -68,10 +72,15 @@ def _value(config: Mapping, name: str, default: object) -> object:
     return value
 
 
-def saves_no_model(config: Mapping) -> bool:
-    """Whether it is ZeRO-3 without the gathering of weights, whose default is not to save them."""
-    zero = config.get("zero_optimization", {})
-    return zero.get("stage") == 3 and not zero.get(GATHER)
+def saving_models(config: dict) -> dict:
+    """The content of a DeepSpeed file, with ZeRO-3 so that weights are gathered and saved: its default is not to, and
+    of "auto" accelerate makes the same. A warning says what is set."""
+    zero = config.get("zero_optimization") or {}
+    if zero.get("stage") != 3 or zero.get(GATHER) not in (None, False, "auto"):
+        return config
+    if is_main_of_node():
+        logger.warning('the DeepSpeed file lacks "%s": true, without which no model is saved: it is set', GATHER)
+    return {**config, "zero_optimization": {**zero, GATHER: True}}
 
 
 def setting_problems(args: TrainingArguments, model: nn.Module) -> list[str]:

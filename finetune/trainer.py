@@ -43,6 +43,7 @@ if not __package__:  # `import trainer` from inside finetune/, as the original's
 from finetune.bad_samples import BadSamples
 from finetune.checkpoints import copy_processor, fault, lacking, written_aside
 from finetune.dataset import Problem, Repeated, SampleError, SupervisedDataset, data_collator
+from finetune.deepspeed_file import saving_models
 from finetune.errors import UserError, over_processes
 from finetune.flags import NOT_FOR_THE_TRAINER, REFUSED
 from finetune.generation import Answered, Predictor, metrics_of
@@ -156,6 +157,9 @@ class CPMTrainer(Trainer):
         self._full_logits_wanted = False
         self._evaluated: list[torch.Tensor] | None = None  # (2,) of each batch: its loss summed, its supervised tokens
         self._fill_from: int | None = None  # places from which on an evaluation's samples fill up
+        if self._zero_stage == 3:
+            config = self.accelerator.deepspeed_plugin.deepspeed_config
+            config.update(saving_models(config))
         self.add_callback(Checkpointing(partitioned=self._zero_stage == 3))
         if self._zero_stage in (1, 2):
             self.add_callback(LightZeroStep())

@@ -19,6 +19,7 @@ from conftest import PATIENCE, ROOT, TESTS, launch, losses, outcome
 
 from finetune import finetune
 from finetune.arguments import LoraArguments, TrainingArguments
+from finetune.deepspeed_file import GATHER, saving_models
 from finetune.flags import FLAGS, PASSED_ON, RANGES, REFUSED, WITHOUT_EFFECT, WORK, wrong_values
 from finetune.minicpmv import MiniCPMV
 from finetune.trainer import CPMTrainer
@@ -224,6 +225,16 @@ def test_an_optimizer_that_deepspeed_would_refuse(refusals, tmp_path, block, sai
     file.write_text(json.dumps({**json.loads(SHIPPED.read_text()), "optimizer": block}))
     lines = refusals(f"--deepspeed {file}")
     assert len(lines) == 1 and "DeepSpeed refuses the file" in lines[0] and said in lines[0], lines
+
+
+@pytest.mark.parametrize("said", [{}, {GATHER: False}, {GATHER: None}, {GATHER: "auto"}])
+def test_weights_are_gathered_to_be_saved(said, caplog):
+    assert saving_models({"zero_optimization": {"stage": 3, **said}}) == {
+        "zero_optimization": {"stage": 3, GATHER: True}
+    }
+    assert f'lacks "{GATHER}"' in caplog.text
+    for config in ({}, {"zero_optimization": {"stage": 3, GATHER: True}}, {"zero_optimization": {"stage": 2, **said}}):
+        assert saving_models(config) is config
 
 
 @pytest.mark.slow

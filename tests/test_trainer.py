@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -14,13 +15,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, ROOT, golden_batch
+from conftest import GOLDEN, GOLDEN_DATA, LLM_TYPES, PATIENCE, ROOT, golden_batch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, TrainingArguments
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from finetune.checkpoints import fault
 from finetune.dataset import Repeated, SupervisedDataset, build_transform, data_collator, load_samples
 from finetune.minicpmv import MiniCPMV
 from finetune.trainer import BalancedSteps, CPMTrainer, WholeSteps, slice_cost, token_loss
@@ -116,6 +118,41 @@ def test_a_notebook_needs_transformers_own_arguments_alone(collated, model, data
     assert loss == pytest.approx(plain.evaluate()["eval_loss"], rel=1e-6)
     predicted = trainer.predict(dataset)
     assert predicted.predictions.shape[:2] == predicted.label_ids.shape
+
+
+ALONE = """
+import sys
+from transformers import TrainingArguments
+from finetune.arguments import load_config
+from finetune.dataset import SupervisedDataset, load_samples
+from finetune.loading import load_tokenizer
+from finetune.minicpmv import MiniCPMV
+from finetune.trainer import CPMTrainer
+
+base, data, config, output = sys.argv[1:]
+model = MiniCPMV.from_pretrained(base)
+arguments = TrainingArguments(output, deepspeed=config, max_steps=1, report_to="none", save_steps=1)
+dataset = SupervisedDataset.for_checkpoint(load_config(base), load_tokenizer(base), load_samples(data), 2048)
+trainer = CPMTrainer(model, arguments, train_dataset=dataset)
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_the_trainer_alone_saves_under_zero3(tiny, data_file, tmp_path):
+    """With a DeepSpeed file whose weights would not be gathered."""
+    config = json.loads((ROOT / "finetune" / "ds_config_zero3.json").read_text())
+    del config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+    (tmp_path / "ds.json").write_text(json.dumps(config))
+    (tmp_path / "alone.py").write_text(ALONE)
+    words = [tmp_path / "alone.py", tiny["llama3"], data_file, tmp_path / "ds.json", tmp_path / "out"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", *words]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(map(str, command), env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert fault(tmp_path / "out" / "checkpoint-1") is None
+    saved = MiniCPMV.from_pretrained(tmp_path / "out" / "checkpoint-1")
+    assert all(parameter.numel() for parameter in saved.parameters())
 
 
 def test_the_programs_begin_without_deepspeed(tmp_path):
