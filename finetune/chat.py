@@ -25,8 +25,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # in the place of this folder, where `import evaluate` would find ours
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # the folder above in the place of this one, where `import evaluate` would find ours
+    here = Path(__file__).resolve().parent  # which is not on the path with python -P
+    sys.path[:] = [str(here.parent), *(path for path in sys.path if Path(path).resolve() != here)]
 
 import torch
 from peft import PeftModel

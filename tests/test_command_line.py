@@ -619,7 +619,7 @@ def test_processes_share_the_cores(monkeypatch, flags, given, threads):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 12)
     monkeypatch.setattr("torch.distributed.run.main", lambda: found.append(os.environ.get("OMP_NUM_THREADS")))
     monkeypatch.setattr(sys, "argv", ["launch.py", *flags, "program.py", "--nproc_per_node", "7"])
-    monkeypatch.setattr(sys, "path", [*sys.path])  # whose first entry it replaces
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it changes
     runpy.run_path(str(FINETUNE / "launch.py"), run_name="__main__")
     assert found == [threads]
 
@@ -634,9 +634,13 @@ def test_launcher_fails_with_the_training_and_says_why(tiny, tmp_path):
 PROGRAMS = sorted(path.name for path in FINETUNE.glob("*.py") if "__main__" in path.read_text())
 
 
+@pytest.mark.parametrize("safe_path", ["", "1"])
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_modules_of_other_packages_are_not_taken_for_ours(program, tmp_path):
-    """A package that is called as one of our files: what the program imports first looks for it."""
+def test_modules_of_other_packages_are_not_taken_for_ours(program, safe_path, tmp_path):
+    """A package that is called as one of our files: what the program imports first looks for it.
+
+    Python 3.11 and later leave the program's folder out with PYTHONSAFEPATH, so that the first one is another.
+    """
     ours = {path.stem for path in FINETUNE.glob("*.py")} - {"__init__", "finetune"}
     look = f"""
 import sys
@@ -649,7 +653,7 @@ sys.exit(str(sorted(name for name, origin in found.items() if not origin.startsw
     for name in ("torch", "numpy"):
         (tmp_path / f"{name}.py").write_text(look)
     command = [sys.executable, str(FINETUNE / program), "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": safe_path}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
     assert result.stderr.strip() == "[]"
 
