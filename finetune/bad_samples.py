@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from finetune.checkpoints import newest_complete, optimizer_kind
+from finetune.checkpoints import newest_in_words
 from finetune.checks import find_problems, report_problems
 from finetune.dataset import Problem, SupervisedDataset
 from finetune.errors import UserError, is_main_of_node, over_processes, rank, shown
@@ -97,13 +97,7 @@ class BadSamples:
             what = f"{' and '.join(counts)} cannot be used, more than --max_bad_fraction {self.max_fraction} allows"
         else:
             what = "a sample turned out to be one that cannot be used"
-        checkpoint = newest_complete(self.path.parent)
-        saved = (
-            f"the newest checkpoint is {checkpoint}" if checkpoint else "no step was finished, there is no checkpoint"
-        )
-        anew = checkpoint is not None and optimizer_kind(checkpoint) is None
-        if anew:
-            saved += ", which cannot be resumed from (--save_only_model): the command begins anew"
+        saved, anew = newest_in_words(self.path.parent)
         flags = {"bad_samples": "skip"}
         if (fraction := self._fraction_needed()) > self.max_fraction:
             flags["max_bad_fraction"] = fraction

@@ -219,6 +219,17 @@ def newest_complete(output_dir: str | os.PathLike) -> str | None:
     return next((found[step] for step in sorted(found, reverse=True) if _usable(found[step])), None)
 
 
+def newest_in_words(output_dir: str | os.PathLike) -> tuple[str, bool]:
+    """The newest complete checkpoint for a message, and whether a command must begin anew: what `--save_only_model`
+    saves cannot be resumed from."""
+    newest = newest_complete(output_dir)
+    if newest is None:
+        return "there is no checkpoint", False
+    if optimizer_kind(newest) is None:
+        return f"the newest checkpoint is {newest}, which cannot be resumed from (--save_only_model): begin anew", True
+    return f"the newest checkpoint is {newest}", False
+
+
 def newest_everywhere(output_dir: str | os.PathLike, writes: bool) -> str | None:
     """The newest checkpoint that is complete for every process of the run, whose machines may have disks of their
     own; all processes must call it. One that a kill kept from its place, with all of it on the disk, is put there.

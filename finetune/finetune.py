@@ -41,7 +41,7 @@ from finetune.arguments import (
     trained_set_problems,
 )
 from finetune.bad_samples import BadSamples, leave_out_bad_samples
-from finetune.checkpoints import newest_complete, optimizer_kind, set_checkpoints_aside, set_newer_aside
+from finetune.checkpoints import newest_in_words, optimizer_kind, set_checkpoints_aside, set_newer_aside
 from finetune.checks import (
     check_same_data,
     find_problems,
@@ -281,13 +281,14 @@ def _sampled_base(path: str, cache_dir: str | None) -> dict[str, str]:
 def _stop(trainer: CPMTrainer) -> None:
     """The end of a run that a signal stopped: what to do next, and the exit status that shells give for the signal."""
     if is_main_of_node():
-        step, last = trainer.state.global_step, newest_complete(trainer.args.output_dir) or "not there yet"
+        saved, anew = newest_in_words(trainer.args.output_dir)
         name = signal.Signals(trainer.guard.signal).name
-        slurm = " (under SLURM: the same sbatch with --resume_from_checkpoint true)"
+        flag = "--overwrite_output_dir" if anew else "--resume_from_checkpoint"
+        slurm = f" (under SLURM: the same sbatch with {flag} true)" if "SLURM_JOB_ID" in os.environ else ""
         logger.warning(
-            "%s: stopped after step %d of %d, the newest checkpoint is %s. To go on%s:\n%s",
-            *(name, step, trainer.state.max_steps, last, slurm if "SLURM_JOB_ID" in os.environ else ""),
-            resume_command(sys.argv),
+            "%s: stopped after step %d of %d; %s. To go on%s:\n%s",
+            *(name, trainer.state.global_step, trainer.state.max_steps, saved, slurm),
+            resume_command(sys.argv, anew),
         )
     end_together()
     sys.exit(128 + trainer.guard.signal)

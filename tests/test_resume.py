@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
+import signal
+import sys
 from pathlib import Path
 from unittest import mock
 
@@ -58,6 +62,33 @@ def history(folder: Path, name: str) -> dict[int, float]:
     """What was logged under a name, by step."""
     entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return {entry["step"]: entry[name] for entry in entries if name in entry}
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_the_command_of_a_stopped_run_is_not_refused(whole, tiny, data_file, tmp_path, monkeypatch, caplog):
+    """It goes on, or begins anew where the checkpoint holds weights alone."""
+    step = CPMTrainer.training_step
+
+    def stopped_at_3(trainer, *given):
+        if trainer.state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(trainer, *given)
+
+    words = ["--model_name_or_path", tiny["llama3"], "--data_path", data_file, "--output_dir", tmp_path / "out", *FLAGS]
+    words = [str(word) for word in (*words, "--max_steps", 4, "--save_steps", 100, "--save_only_model", not whole)]
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *words])
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(CPMTrainer, "training_step", stopped_at_3)
+        train(words)
+    assert ended.value.code == 128 + signal.SIGTERM
+    said = next(message for message in caplog.messages if "To go on" in message)
+    assert f"SIGTERM: stopped after step 3 of 4; the newest checkpoint is {tmp_path / 'out' / 'checkpoint-3'}" in said
+    assert ("which cannot be resumed from (--save_only_model)" in said) != whole
+    command = shlex.split(said.splitlines()[-1])
+    assert command[-2:] == ["--resume_from_checkpoint" if whole else "--overwrite_output_dir", "true"]
+    train(command[command.index("finetune.py") + 1 :])
+    assert len(losses(tmp_path / "out")) == 4
+    assert len(list(tmp_path.glob("out/_earlier-*/checkpoint-3"))) == (not whole)
 
 
 def rates(folder: Path) -> dict[int, float]:
