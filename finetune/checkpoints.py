@@ -32,6 +32,7 @@ ASIDE = "_incomplete"
 MANIFEST = "complete.json"
 STATE = "trainer_state.json"
 PROCESSOR = "preprocessor_config.json"
+NAMED = 4  # of what is moved, in its warning
 OS_ERROR = "(os error "  # in the plain exceptions of libraries that are written in Rust, tokenizers among them
 TORCH_WRITER = ("PytorchStreamWriter", "inline_container")  # in the RuntimeErrors of torch.save
 
@@ -341,10 +342,9 @@ def _move_aside(paths: list[Path], output_dir: Path) -> None:
     aside.mkdir()
     for path in paths:
         path.rename(aside / path.name)
-    checkpoints = sum(path.is_dir() for path in aside.iterdir())
-    what = [f"{checkpoints} checkpoints"] if checkpoints else []
-    what += ["the result"] if len(paths) > checkpoints else []
-    logger.warning("moved %s of an earlier run to %s", " and ".join(what), aside)
+    names = [path.name for path in paths]
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    logger.warning("moved what was there before to %s: %s%s", aside, ", ".join(names[:NAMED]), more)
 
 
 def _move_files(source: Path, target: Path) -> None:

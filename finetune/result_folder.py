@@ -62,9 +62,13 @@ def _code_in(folder: Path) -> list[Path]:
 
 
 def replaced_by(folder: Path, new: Path) -> list[Path]:
-    """What would be left in a folder beside a new result, which lies in `new`: a result of the other kind with all that
-    belongs to it, or weights of a model that was divided otherwise. None where `new` is no result."""
+    """What a new result, which lies in `new`, would leave beside itself in a folder: a result of the other kind with
+    all that belongs to it, or weights of a model that was divided otherwise; and what is the user's there and would be
+    overwritten. None where `new` is no result."""
     found, coming = weights_in(folder), weights_in(new)
+    if coming and not found:
+        there = [folder / file.name for file in sorted(new.iterdir()) if file.name not in RECORDS]
+        return [file for file in there if file.is_file() and file.read_bytes() != (new / file.name).read_bytes()]
     if coming and found.keys() - coming.keys():
         return [
             file for file in files_of_result(folder) if file.name != BAD_SAMPLES_NAME

@@ -201,10 +201,12 @@ def test_names_that_a_result_has_too_are_the_users_where_there_is_none(call, tmp
     (folder / "model.safetensors").write_text("weights")
     moved = {file.name for file in files_of_result(folder)}
     assert moved == {"model.safetensors", "config.json", "tokenizer.json"}
-    for name in ("model.safetensors", "config.json", "tokenizer.json"):  # which a result would be written over
-        (folder / name).unlink()
+    (folder / "model.safetensors").unlink()
     train(call("lora", "--overwrite_output_dir", "true"))
-    assert (folder / "vision.py").read_text() == "mine" and not list(folder.glob("_earlier-*"))
+    (earlier,) = folder.glob("_earlier-*")
+    assert [file.name for file in earlier.iterdir()] == ["tokenizer.json"]  # which the result was written over
+    assert {(folder / name).read_text() for name in own if name != "tokenizer.json"} == {"mine"}
+    assert (earlier / "tokenizer.json").read_text() == "mine" != (folder / "tokenizer.json").read_text()
 
 
 def test_files_of_the_user_belong_to_no_result(tmp_path):
