@@ -226,9 +226,10 @@ def newest_in_words(output_dir: str | os.PathLike) -> tuple[str, bool]:
     newest = newest_complete(output_dir)
     if newest is None:
         return "there is no checkpoint", False
+    found = f"the newest checkpoint is {newest}"
     if optimizer_kind(newest) is None:
-        return f"the newest checkpoint is {newest}, which cannot be resumed from (--save_only_model): begin anew", True
-    return f"the newest checkpoint is {newest}", False
+        return f"{found}, which cannot be resumed from (--save_only_model): the command begins anew", True
+    return found, False
 
 
 def newest_everywhere(output_dir: str | os.PathLike, writes: bool) -> str | None:
