@@ -41,7 +41,7 @@ from finetune.arguments import (
     trained_set_problems,
 )
 from finetune.bad_samples import BadSamples, leave_out_bad_samples
-from finetune.checkpoints import newest_in_words, optimizer_kind, set_checkpoints_aside, set_newer_aside
+from finetune.checkpoints import STATE, newest_in_words, optimizer_kind, set_checkpoints_aside, set_newer_aside
 from finetune.checks import (
     check_same_data,
     find_problems,
@@ -77,7 +77,7 @@ from finetune.model_folder import adapter_fit, described_weights, empty_adapter,
 from finetune.places import checkpoint_room_problem
 from finetune.reporting import parameter_table, plot_history, settings_record
 from finetune.result_folder import files_of_result
-from finetune.resume import GIVEN, recorded_flags, say_changes, schedule_problems
+from finetune.resume import GIVEN, recorded_flags, say_changes, schedule_problems, step_problem
 from finetune.resume_check import ANEW, fit_problems
 from finetune.run_lock import only_run_in
 from finetune.safe_files import code_in
@@ -140,6 +140,9 @@ def _train(
     if checkpoint:
         flags = vars(model_args) | vars(args) | vars(lora_args)
         problems = [*_resume_problems(checkpoint, args), *schedule_problems(recorded_flags(checkpoint), args)]
+        if args.max_steps > 0:  # else Trainer counts the steps
+            step = read_record(Path(checkpoint, STATE)).get("global_step", 0)
+            problems += filter(None, [step_problem(step, args.max_steps, args, checkpoint)])
         _stop_on(problems or fit_problems(checkpoint, planned, args, flags), "These settings cannot work:")
     make_way = partial(_make_way, checkpoint, args)
     datasets, left_out = _load_data(data_args, args, config, tokenizer, checkpoint is not None, make_way)

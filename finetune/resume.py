@@ -109,6 +109,18 @@ def schedule_problems(before: Mapping, args: TrainingArguments) -> list[str]:
     return []
 
 
+def step_problem(step: int, last: int, args: TrainingArguments, checkpoint: str | os.PathLike) -> str | None:
+    """Why a run cannot go on from a checkpoint of `step` when it is to end after step `last`."""
+    if step <= last:
+        return None
+    epochs = f"--num_train_epochs {args.num_train_epochs:g} ({last} steps)"
+    flag = f"--max_steps {last}" if args.max_steps > 0 else epochs
+    return (
+        f"{flag}: {checkpoint} is at step {step} already; give more, or the path of an earlier checkpoint "
+        "(--resume_from_checkpoint)"
+    )
+
+
 def say_changes(before: Mapping, now: Mapping) -> None:
     """One line on each machine with the flags that are not those of the run so far: of those that were given to one of
     the runs, the others are defaults, which may be made to fit (lengths, loader processes).

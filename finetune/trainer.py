@@ -44,7 +44,7 @@ from finetune.bad_samples import BadSamples
 from finetune.checkpoints import copy_processor, fault, lacking, written_aside
 from finetune.dataset import Problem, Repeated, SampleError, SupervisedDataset, data_collator
 from finetune.deepspeed_file import saving_models
-from finetune.errors import UserError, over_processes
+from finetune.errors import UserError, is_main_of_node, over_processes
 from finetune.flags import NOT_FOR_THE_TRAINER, REFUSED
 from finetune.generation import Answered, Predictor, metrics_of
 from finetune.guards import EvaluationLeft, Guard, explained
@@ -58,7 +58,7 @@ from finetune.model_card import CARD, is_edited, write_card
 from finetune.recompute import recompute
 from finetune.reporting import write_settings
 from finetune.result_folder import lacking_in_result
-from finetune.resume import apply_settings, find_best, run_folder, settings_of_groups
+from finetune.resume import apply_settings, find_best, run_folder, settings_of_groups, step_problem
 from finetune.safe_files import no_code_from_files
 from finetune.waiting import Taken
 from finetune.zero import GROUP_ELEMENTS, LightZeroStep, split_param_groups
@@ -293,15 +293,27 @@ class CPMTrainer(Trainer):
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, *args
     ) -> tuple[int, int]:
         """As in Trainer; a run that is resumed logs, evaluates and saves as its flags say now, and with all its steps
-        behind it takes no further one. Trainer (5.17 to 5.24) keeps the flags of the checkpoint, takes a step where the
-        last one lies within an epoch, and has no public place before its first step."""
+        behind it takes no further one, which a warning says. Trainer (5.17 to 5.24) keeps the flags of the checkpoint,
+        takes a step where the last one lies within an epoch, and has no public place before its first step.
+
+        Raises:
+            UserError: when the checkpoint is one of a later step than the last.
+        """
         place = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, *args)
         self._resumed = None if checkpoint is None else Path(checkpoint).resolve()
         self._steps_per_epoch = steps_per_epoch
         self.state.compute_steps(self.args, max_steps)
-        if checkpoint is not None:
-            find_best(self.state, self.args, checkpoint)
-        return (epochs, 0) if self.state.global_step >= max_steps else place
+        if checkpoint is None:
+            return place
+        find_best(self.state, self.args, checkpoint)
+        step = self.state.global_step
+        if problem := step_problem(step, max_steps, self.args, checkpoint):
+            raise UserError(problem)
+        if step < max_steps:
+            return place
+        if is_main_of_node():
+            logger.warning("%s: is at the last step, %d: none is left to take", checkpoint, step)
+        return epochs, 0
 
     @property
     def _zero_stage(self) -> int | None:

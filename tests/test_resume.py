@@ -17,6 +17,7 @@ from conftest import ROOT, launch, losses, outcome
 from safetensors.torch import load_file
 from transformers import TrainerCallback
 
+from finetune.errors import UserError
 from finetune.finetune import train
 from finetune.resume import apply_settings, say_changes, settings_of_groups
 from finetune.trainer import CPMTrainer
@@ -123,6 +124,24 @@ def test_epochs_are_added(gone_on, tiny, data_file, tmp_path):
     expected = rates(tmp_path / "unbroken")
     assert len(expected) == 24
     assert [rates(folder)[step] for step in range(5, 25)] == pytest.approx([expected[step] for step in range(5, 25)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [(("--max_steps", 3), "--max_steps 3: "), (("--num_train_epochs", 0.25), "--num_train_epochs 0.25 (3 steps): ")],
+)
+def test_a_run_cannot_end_before_its_checkpoint(flags, named, gone_on, started, tmp_path):
+    with pytest.raises(UserError) as caught:
+        gone_on(*flags)
+    folder = tmp_path / "out"
+    assert f"{named}{folder / 'checkpoint-4'} is at step 4 already; give more, or the path of an" in str(caught.value)
+    assert (folder / "trainer_state.json").read_bytes() == (started / "trainer_state.json").read_bytes()
+
+
+def test_a_finished_run_says_that_no_step_is_left(gone_on, started, caplog):
+    folder = gone_on("--max_steps", SAVED)
+    assert f"{folder / 'checkpoint-4'}: is at the last step, 4: none is left to take" in caplog.text
+    assert losses(folder) == losses(started)
 
 
 def test_a_new_learning_rate_takes_effect(gone_on, started, caplog):
